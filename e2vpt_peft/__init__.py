@@ -1,0 +1,15 @@
+"""E²VPT, effective and efficient visual prompt tuning (https://huggingface.co/papers/2307.13770), as a PEFT method.
+
+Importing this package registers the method with PEFT: `get_peft_model`, `PeftModel.from_pretrained` and transformers'
+`model.add_adapter` then know [`E2VPTConfig`] and adapters of peft type `E2VPT`.
+"""
+
+from .config import E2VPTConfig
+from .layer import E2VPTLayer
+from .model import E2VPTModel
+from .peft_type import E2VPTType, register_with_peft
+from .version import __version__
+
+__all__ = ["E2VPTConfig", "E2VPTLayer", "E2VPTModel", "E2VPTType", "__version__"]
+
+register_with_peft(E2VPTConfig, E2VPTModel)

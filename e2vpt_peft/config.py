@@ -1,0 +1,181 @@
+"""The configuration of an E²VPT adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Optional, Union
+
+from peft import PeftConfig
+
+from .peft_type import E2VPTType
+
+
+@dataclass
+class E2VPTConfig(PeftConfig):
+    """
+    This is the configuration class to store the configuration of an [`E2VPTModel`].
+
+    The defaults are the setting that the paper (https://huggingface.co/papers/2307.13770) uses most.
+
+    Args:
+        num_visual_prompts (`int`, defaults to `10`):
+            Visual prompts, learnable tokens beside the image tokens: per layer when deep, in all when shallow. `0` for
+            key-value prompts alone.
+        visual_prompt_depth (`"deep"` or `"shallow"`, defaults to `"deep"`):
+            `"deep"` gives every adapted layer visual prompts of its own, which live for that layer only (VPT-Deep).
+            `"shallow"` puts visual prompts in front of the first adapted layer, from where they go through all the
+            layers that follow (VPT-Shallow).
+        num_kv_prompts (`int`, defaults to `5`):
+            Key-value prompts: learnable rows of keys and values, for every head of every adapted layer (section 3.2 of
+            the paper). `0` for visual prompts alone, which makes the method VPT.
+        share_kv_prompts (`bool`, defaults to `True`):
+            Use one tensor as key and as value prompts, as the paper does. `False` learns two.
+        prompt_dropout (`float`, defaults to `0.1`):
+            Dropout probability on visual prompts, drawn per sample, in training only.
+        kv_prompt_dropout (`float`, defaults to `0.0`):
+            Dropout probability on key-value prompts, drawn per sample, in training only.
+        num_segments (`int`, defaults to `16`):
+            Into how many segments a visual prompt is divided for pruning: component `j` belongs to segment
+            `j % num_segments`. Must divide the hidden size of the adapted layers.
+        target_modules (`Optional[Union[list[str], str]]`):
+            The self-attention modules to adapt: names or endings of names, or a regular expression that matches the
+            whole name. Any module that calls transformers' attention interface will do. Chosen by the architecture if
+            not given.
+        exclude_modules (`Optional[Union[list[str], str]]`):
+            The modules not to adapt: names or endings of names, or a regular expression that matches the whole name.
+        layers_to_transform (`Optional[Union[list[int], int]]`):
+            The indices of the layers to adapt, counted from 0. All if not given.
+        layers_pattern (`Optional[Union[list[str], str]]`):
+            The name of the module list that `layers_to_transform` counts in, where it is not the first one on the way
+            to the attention.
+        modules_to_save (`Optional[list[str]]`):
+            Modules besides the prompts to train and to save with the adapter, for example the `classifier`.
+        attention_norm (`Optional[str]`):
+            The normalisation layer in front of the attention, which deep visual prompts pass before they are
+            projected: the name of an attribute of the attention's parent or grandparent, or `"none"` for a model that
+            has none there (post-norm). Only needed for architectures that this package does not know.
+
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: A field has a value that is not allowed. The message names the field, the value and what is
+        allowed.
+
+    Example:
+
+        ```py
+        >>> from e2vpt_peft import E2VPTConfig
+
+        >>> config = E2VPTConfig(num_visual_prompts=10, num_kv_prompts=5, modules_to_save=["classifier"])
+        ```
+    """
+
+    num_visual_prompts: int = field(
+        default=10, metadata={"help": "Number of visual prompts: per layer when deep, in all when shallow."}
+    )
+    visual_prompt_depth: Literal["deep", "shallow"] = field(
+        default="deep",
+        metadata={"help": "'deep': own visual prompts in every layer. 'shallow': in front of the first layer only."},
+    )
+    num_kv_prompts: int = field(
+        default=5, metadata={"help": "Number of key-value prompts: rows of keys and values per head and layer."}
+    )
+    share_kv_prompts: bool = field(
+        default=True, metadata={"help": "Whether one tensor serves as key and as value prompts."}
+    )
+    prompt_dropout: float = field(
+        default=0.1, metadata={"help": "Dropout probability on visual prompts, drawn per sample, in training only."}
+    )
+    kv_prompt_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout probability on key-value prompts, drawn per sample, in training only."}
+    )
+    num_segments: int = field(
+        default=16,
+        metadata={
+            "help": (
+                "Number of segments into which a visual prompt is divided for pruning; component j belongs to segment "
+                "j % num_segments. Must divide the hidden size."
+            )
+        },
+    )
+    target_modules: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={
+            "help": (
+                "List of names (or endings of names), or regular expression, of the self-attention modules to adapt. "
+                "Any module that calls transformers' attention interface. Chosen by the architecture if not specified."
+            )
+        },
+    )
+    exclude_modules: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={"help": "List of names (or endings of names), or regular expression, of modules not to adapt."},
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = field(
+        default=None, metadata={"help": "Index or indices of the layers to adapt. All layers if not specified."}
+    )
+    layers_pattern: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={"help": "Name of the module list that `layers_to_transform` counts in, if it is not the first one."},
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None,
+        metadata={
+            "help": (
+                "List of modules besides the prompts to train and to save with the adapter, for example the "
+                "`classifier` of an image classification model."
+            )
+        },
+    )
+    attention_norm: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": (
+                "Name of the normalisation layer in front of the attention, an attribute of the attention's parent or "
+                "grandparent, or 'none'. Only needed for architectures that the package does not know."
+            )
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = E2VPTType.E2VPT
+        for name in ("num_visual_prompts", "num_kv_prompts"):
+            _check_integer(name, getattr(self, name), at_least=0)
+        if self.num_visual_prompts == 0 and self.num_kv_prompts == 0:
+            raise ValueError(
+                "num_visual_prompts=0 and num_kv_prompts=0 leave nothing to train: at least one must be 1 or more."
+            )
+        if self.visual_prompt_depth not in ("deep", "shallow"):
+            raise ValueError(f"visual_prompt_depth={self.visual_prompt_depth!r} must be 'deep' or 'shallow'.")
+        if not isinstance(self.share_kv_prompts, bool):
+            raise TypeError(f"share_kv_prompts={self.share_kv_prompts!r} must be True or False.")
+        for name in ("prompt_dropout", "kv_prompt_dropout"):
+            _check_probability(name, getattr(self, name))
+        _check_integer("num_segments", self.num_segments, at_least=1)
+        if isinstance(self.target_modules, (list, tuple, set)):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, (list, tuple, set)):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} cannot be used when target_modules is a string "
+                        f"({self.target_modules!r}): put the layers into that regular expression, or pass a list."
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, which is not given.")
+
+
+def _check_integer(name: str, value: Any, at_least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be an integer, {at_least} or more.")
+    if value < at_least:
+        raise ValueError(f"{name}={value!r} must be {at_least} or more.")
+
+
+def _check_probability(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be a number in [0, 1).")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}={value!r} must be in [0, 1): 0 for no dropout, below 1 so that something is left.")
