@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -94,7 +95,9 @@ def prefix_attention(
             "prompts. Use model.set_attn_implementation('sdpa') or 'eager'."
         )
     prefix = layer.prefix(query.shape[0], query.dtype)
-    attention_mask = _extend_mask(attention_mask, prefix, query, key, implementation)
+    attention_mask = extend_mask(
+        attention_mask, prefix.keys.shape[1], prefix.visible, query, key.shape[2], implementation
+    )
     if kwargs.get("position_bias") is not None:
         kwargs["position_bias"] = F.pad(kwargs["position_bias"], (prefix.keys.shape[1], 0))
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, layer.site.eager_attention)
@@ -113,23 +116,80 @@ def eager_attention_of(module: nn.Module) -> Optional[Callable[..., Any]]:
     return forward.__globals__[eager] if eager is not None else None
 
 
-def open_mask(implementation: str, states: torch.Tensor, length: int) -> torch.Tensor:
-    """A mask that hides nothing, for `length` keys, as the implementation takes it."""
-    if "flash" in implementation:
-        return torch.ones(states.shape[0], length, dtype=torch.bool, device=states.device)
-    if implementation == "eager":  # adds its mask to the scores
-        return torch.zeros(1, 1, 1, length, dtype=states.dtype, device=states.device)
-    return torch.ones(1, 1, 1, length, dtype=torch.bool, device=states.device)
+def extend_mask(
+    mask: Any,
+    count: int,
+    visible: Optional[torch.Tensor],
+    states: torch.Tensor,
+    length: int,
+    implementation: str,
+    position: int = 0,
+    insert_queries: bool = False,
+) -> Any:
+    """An attention mask for `count` more keys at `position`, which every query may see, or only those of some samples.
+
+    Args:
+        mask:
+            The mask as the implementation takes it: of shape (batch size or 1, heads or 1, queries or 1, keys),
+            additive (eager) or boolean (sdpa), of shape (batch size, keys) (flash), a `BlockMask` (flex), or `None`.
+        count (`int`): The number of new keys.
+        visible (`Optional[torch.Tensor]`): Which of them each sample may see, (batch size, count), or `None` for all.
+        states (`torch.Tensor`): Any tensor with the batch size, type and device of the attention.
+        length (`int`): The number of keys so far.
+        implementation (`str`): The name of the attention implementation.
+        position (`int`): Where the new keys are.
+        insert_queries (`bool`): Whether as many new queries are there, too. They see what the first query sees.
+    """
+    if mask is None and visible is None:
+        return None
+    if implementation == "flex_attention" and not isinstance(mask, torch.Tensor):
+        return _extend_block_mask(mask, count, visible, states, length, position, insert_queries)
+    if mask is None:
+        additive = implementation == "eager"
+        shape = (states.shape[0], length) if "flash" in implementation else (1, 1, 1, length)
+        dtype = states.dtype if additive else torch.bool
+        mask = torch.full(shape, 0 if additive else 1, dtype=dtype, device=states.device)
+    if visible is None:
+        visible = torch.ones(1, count, dtype=torch.bool, device=mask.device)
+    if mask.is_floating_point():
+        new = torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, torch.finfo(mask.dtype).min)
+    else:
+        new = visible.to(mask.dtype)
+    if mask.dim() == 4:
+        new = new[:, None, None]
+    shape = torch.broadcast_shapes(mask.shape[:-1], new.shape[:-1])
+    mask = mask.expand(*shape, -1)
+    mask = torch.cat([mask[..., :position], new.expand(*shape, -1), mask[..., position:]], -1)
+    if insert_queries and mask.dim() == 4 and mask.shape[-2] > 1:
+        rows = mask[..., :1, :].expand(-1, -1, count, -1)
+        mask = torch.cat([mask[..., :position, :], rows, mask[..., position:, :]], -2)
+    return mask
 
 
-def pad_mask(mask: torch.Tensor, count: int, dim: int, position: int = 0) -> torch.Tensor:
-    """Insert `count` entries that hide nothing at `position` of dimension `dim` of a bool, integer or additive "
-    "mask."""
-    shape = list(mask.shape)
-    shape[dim] = count
-    fill = mask.new_zeros(shape) if mask.is_floating_point() else mask.new_ones(shape)
-    before, after = mask.split([position, mask.shape[dim] - position], dim)
-    return torch.cat([before, fill, after], dim)
+def _extend_block_mask(
+    mask: Any,
+    count: int,
+    visible: Optional[torch.Tensor],
+    states: torch.Tensor,
+    length: int,
+    position: int,
+    insert_queries: bool,
+) -> BlockMask:
+    def may_see(batch: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
+        is_new = (key >= position) & (key < position + count)
+        sees_new = is_new
+        if visible is not None:
+            sees_new = is_new & visible[batch, (key - position).clamp(0, count - 1)]
+        if mask is None:
+            return ~is_new | sees_new
+        old_key = torch.where(key < position, key, (key - count).clamp(min=0))
+        old_query = query
+        if insert_queries:
+            old_query = torch.where(query < position, query, torch.where(query < position + count, 0, query - count))
+        return sees_new | (~is_new & mask.mask_mod(batch, head, old_query, old_key))
+
+    queries = (length if mask is None else mask.seq_lengths[0]) + (count if insert_queries else 0)
+    return create_block_mask(may_see, states.shape[0], None, queries, length + count, device=str(states.device))
 
 
 def _prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
@@ -137,55 +197,6 @@ def _prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     # whole rows is much faster than copying head by head.
     prefix = prefix.to(states.dtype).expand(states.shape[0], -1, -1, -1)
     return torch.cat([prefix, states.transpose(1, 2)], 1).transpose(1, 2)
-
-
-def _extend_mask(mask: Any, prefix: Prefix, query: torch.Tensor, key: torch.Tensor, implementation: str) -> Any:
-    """Let every query see the prefix, or of it what is visible to its sample.
-
-    The implementations take a mask of shape (batch, heads or 1, queries, keys), additive (eager) or boolean (sdpa), of
-    shape (batch, keys) (flash), a `BlockMask` (flex), or `None`.
-    """
-    length, visible = prefix.keys.shape[1], prefix.visible
-    if mask is None and visible is None:
-        return None
-    if implementation == "flex_attention" and not isinstance(mask, torch.Tensor):
-        return _extend_block_mask(mask, length, visible, query, key)
-    if mask is None:
-        mask = open_mask(implementation, query, key.shape[2])
-    mask = pad_mask(mask, length, dim=-1)
-    return mask if visible is None else hide(mask, visible)
-
-
-def hide(mask: torch.Tensor, visible: torch.Tensor, position: int = 0) -> torch.Tensor:
-    """Hide from each sample the keys behind `position` that are not `visible`, a bool tensor (batch size, keys)."""
-    before, after = position, mask.shape[-1] - position - visible.shape[-1]
-    visible = F.pad(visible, (before, after), value=True)
-    if mask.dim() == 4:
-        visible = visible[:, None, None]
-    if mask.is_floating_point():
-        return mask.masked_fill(~visible, torch.finfo(mask.dtype).min)
-    return mask * visible
-
-
-def _extend_block_mask(
-    mask: Any, length: int, visible: Optional[torch.Tensor], query: torch.Tensor, key: torch.Tensor
-) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def visible_or_inner(batch: Any, head: Any, q: Any, k: Any) -> torch.Tensor:
-        in_prefix = k < length
-        prefix_visible = in_prefix if visible is None else in_prefix & visible[batch, k.clamp(max=length - 1)]
-        inner = ~in_prefix if mask is None else ~in_prefix & mask.mask_mod(batch, head, q, (k - length).clamp(min=0))
-        return prefix_visible | inner
-
-    return create_block_mask(
-        visible_or_inner,
-        B=query.shape[0],
-        H=None,
-        Q_LEN=query.shape[2],
-        KV_LEN=key.shape[2] + length,
-        device=key.device,
-    )
 
 
 AttentionInterface.register(PREFIX_ATTENTION, prefix_attention)

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .attention import hide, open_mask, pad_mask
+from .attention import extend_mask
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -70,26 +70,15 @@ class TokenInsertion:
             return args, {**kwargs, "attention_mask": extended}
         return (*args[:at], extended, *args[at + 1 :]), kwargs
 
-    def _extend_mask(
-        self, mask: Any, owners: list[E2VPTLayer], hidden_states: torch.Tensor, length: int
-    ) -> Optional[torch.Tensor]:
-        """Rows and columns for the inserted tokens, of which each sample may see its own."""
-        visible = [owner.visible_tokens(hidden_states.shape[0]) for owner in owners]
-        if mask is None and all(part is None for part in visible):
-            return None
-        implementation = owners[0].config._attn_implementation
-        if implementation == "flex_attention":
-            raise ValueError(
-                "Shallow visual prompts do not support attention masks, nor adapters with different numbers of "
-                "prompts in one batch, under 'flex_attention'. Use model.set_attn_implementation('sdpa') or 'eager'."
+    def _extend_mask(self, mask: Any, owners: list[E2VPTLayer], hidden_states: torch.Tensor, length: int) -> Any:
+        """Keys and queries for the inserted tokens, of which each sample may see its own."""
+        for owner in owners:
+            count, visible = owner.num_tokens(), owner.visible_tokens(hidden_states.shape[0])
+            implementation = owner.config._attn_implementation
+            mask = extend_mask(
+                mask, count, visible, hidden_states, length, implementation, self.position, insert_queries=True
             )
-        if mask is None:
-            mask = open_mask(implementation, hidden_states, length)
-        for owner, own in zip(owners, visible):
-            mask = pad_mask(mask, owner.num_tokens(), dim=-1, position=self.position)
-            if mask.dim() == 4 and mask.shape[-2] > 1:
-                mask = pad_mask(mask, owner.num_tokens(), dim=-2, position=self.position)
-            mask = mask if own is None else hide(mask, own, self.position)
+            length += count
         return mask
 
     def _leave_stack(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -1,0 +1,143 @@
+"""The quickstart: its data, its table, its check of the saved adapter, and what it claims."""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as PILImage
+from transformers import AutoModelForImageClassification
+
+pytest.importorskip("sklearn")
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared"
+sys.path.insert(0, str(ROOT / "examples"))
+quickstart = importlib.import_module("quickstart")
+
+BRIEF = ["--epochs=1", "--train_per_class=2", "--max_test_images=48"]
+
+
+def arguments(**options: object) -> quickstart.QuickstartArguments:
+    return quickstart.QuickstartArguments(**options)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Dataset:
+    """24 colour pictures of three classes, labels without names."""
+    arrays = np.random.default_rng(0).integers(0, 256, (24, 20, 16, 3), dtype=np.uint8)
+    labels = [i % 3 for i in range(24)]
+    features = Features({"image": Image(), "label": Value("int64")})
+    return Dataset.from_dict({"image": [PILImage.fromarray(a) for a in arrays], "label": labels}, features=features)
+
+
+def test_backbone_is_small_and_loads() -> None:
+    files = list(Path(quickstart.BACKBONE).iterdir())
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"} == {f.name for f in files}
+    assert sum(file.stat().st_size for file in files) <= 3_000_000
+    model, info = AutoModelForImageClassification.from_pretrained(
+        quickstart.BACKBONE, num_labels=10, output_loading_info=True
+    )
+    assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"}
+    assert not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_few_labels_and_the_rest_to_test() -> None:
+    train, test = quickstart.load_data(arguments(train_per_class=7))
+    labels = train["label"][:]
+    assert [labels.count(digit) for digit in range(10)] == [7] * 10
+    assert len(train) + len(test) == 1797
+    assert train.features["label"].names == list("0123456789")
+    pixels = [{np.asarray(image).tobytes() for image in data["image"]} for data in (train, test)]
+    assert not pixels[0] & pixels[1], "a training image is also tested on"
+
+
+def test_split_depends_on_the_seed_alone() -> None:
+    first, again, other = (
+        [np.asarray(image).tobytes() for image in quickstart.load_data(arguments(seed=seed))[0]["image"]]
+        for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_both_methods_start_with_the_same_head() -> None:
+    label = quickstart.load_data(arguments())[0].features["label"]
+    first, again, other = (quickstart.load_backbone(arguments(), label, seed).classifier.weight for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_main_prints_the_table_and_reloads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = quickstart.main([*BRIEF, f"--output_dir={tmp_path}"])
+    printed = capsys.readouterr().out
+    assert [result.method for result in results] == ["linear probe", "E²VPT"]
+    probe, adapted = results
+    assert probe.trainable == 10 * 128 + 10
+    assert probe.trainable < adapted.trainable < 0.02 * adapted.total
+    assert adapted.file_size == (tmp_path / "adapter_model.safetensors").stat().st_size
+    assert all(0 <= result.accuracy <= 1 for result in results)
+    assert "few labels: 20 training images (2 per class), 48 test images" in printed
+    assert "predictions identical" in printed
+    assert f"{adapted.trainable:,}" in printed
+
+    again = quickstart.main([*BRIEF, f"--output_dir={tmp_path}"])
+    assert again == results, "the same seed gives other results"
+
+
+def test_a_different_prediction_after_reload_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quickstart, "reload", lambda *_: np.zeros((48, 10), dtype=np.float32))
+    with pytest.raises(SystemExit) as failure:
+        quickstart.main([*BRIEF, f"--output_dir={tmp_path}"])
+    assert "predicts differently" in str(failure.value.code)
+
+
+@pytest.mark.parametrize("layout", ["parquet folder", "parquet splits", "parquet file", "image folder"])
+def test_own_data(tmp_path: Path, pictures: Dataset, layout: str) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    source = folder
+    if layout == "image folder":
+        for index, row in enumerate(pictures):
+            (folder / f"class{row['label']}").mkdir(exist_ok=True)
+            row["image"].save(folder / f"class{row['label']}" / f"{index}.png")
+    else:
+        pictures.to_parquet(folder / "train.parquet")
+        if layout == "parquet splits":
+            pictures.select(range(9)).to_parquet(folder / "test.parquet")
+        if layout == "parquet file":
+            source = folder / "train.parquet"
+    train, test = quickstart.load_data(arguments(dataset=str(source), train_per_class=4))
+    assert sorted(train["label"][:]) == [0] * 4 + [1] * 4 + [2] * 4
+    assert len(test) == (9 if layout == "parquet splits" else 12)
+    results = quickstart.main([*BRIEF, f"--dataset={source}", f"--output_dir={tmp_path / 'out'}"])
+    assert len(results) == 2
+
+
+def test_no_image_left_to_test_on(tmp_path: Path, pictures: Dataset) -> None:
+    pictures.to_parquet(tmp_path / "all.parquet")
+    with pytest.raises(ValueError, match="train_per_class=8 leaves no image"):
+        quickstart.load_data(arguments(dataset=str(tmp_path / "all.parquet"), train_per_class=8))
+
+
+def test_another_backbone_and_real_photographs(tmp_path: Path) -> None:
+    model, data = SHARED / "checkpoints" / "vit-tiny-cifar10", SHARED / "data" / "flowers12"
+    if not (model.exists() and data.exists()):
+        pytest.skip(f"{SHARED} is not there")
+    results = quickstart.main([*BRIEF, f"--model={model}", f"--dataset={data}", f"--output_dir={tmp_path}"])
+    assert results[0].trainable == 12 * 192 + 12
+
+
+@pytest.mark.slow
+def test_e2vpt_beats_the_linear_probe(tmp_path: Path) -> None:
+    """In the mean over five seeds by at least three points, and with every seed."""
+    runs = [quickstart.main([f"--seed={seed}", f"--output_dir={tmp_path / str(seed)}"]) for seed in range(5)]
+    gains = [adapted.accuracy - probe.accuracy for probe, adapted in runs]
+    assert min(gains) > 0, gains
+    assert statistics.mean(gains) > 0.03, gains
