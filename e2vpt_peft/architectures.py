@@ -35,7 +35,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 # How attention modules name their parts, for any architecture that goes through the attention interface.
 KEY_PROJECTIONS = ("k_proj", "key", "k_lin")
 VALUE_PROJECTIONS = ("v_proj", "value", "v_lin")
-KEY_HEADS = ("num_key_value_heads", "num_attention_heads", "num_heads", "n_heads")
+HEAD_SIZES = ("head_dim", "attention_head_size", "attention_head_dim")
+NUM_HEADS = ("num_key_value_heads", "num_attention_heads", "num_heads", "n_heads")
 ATTENTION_NORMS = ("layernorm_before", "norm1", "layer_norm1", "rms_norm1", "attn_norm")
 KEY_NORMS = ("k_norm", "key_norm", "k_layernorm")
 
@@ -84,21 +85,22 @@ def find_attention_site(model: nn.Module, name: str, attention_norm: Optional[st
             refusal + "which is no self-attention that calls transformers' attention interface. Name the attention "
             "modules themselves, for example target_modules=['attention'] for ViT."
         )
-    key = _first_attribute(attention, KEY_PROJECTIONS)
-    value = _first_attribute(attention, VALUE_PROJECTIONS)
-    heads = _first_attribute(attention, KEY_HEADS)
-    if key is None or value is None or heads is None or not hasattr(attention, "config"):
-        raise ValueError(refusal + "which has no separate key and value projections, number of heads and config.")
     if getattr(attention, "is_causal", True):  # the attention interface takes a missing attribute for causal, too
         raise ValueError(refusal + "which is causal: E2VPT needs bidirectional attention.")
-    if (key_norm := _first_attribute(attention, KEY_NORMS)) and not isinstance(
-        getattr(attention, key_norm), nn.Identity
-    ):
+    key = _first_attribute(attention, KEY_PROJECTIONS)
+    value = _first_attribute(attention, VALUE_PROJECTIONS)
+    head_size = _first_attribute(attention, HEAD_SIZES)
+    num_heads = _first_attribute(attention, NUM_HEADS)
+    if key is None or value is None or not (head_size or num_heads) or not hasattr(attention, "config"):
+        raise ValueError(refusal + "which has no separate key and value projections, head size and config.")
+    key_norm = _first_attribute(attention, KEY_NORMS)
+    if key_norm is not None and not isinstance(getattr(attention, key_norm), nn.Identity):
         raise ValueError(refusal + f"which normalises its keys ('{key_norm}'): that is not supported.")
 
     config: Any = attention.config
     projection: Any = getattr(attention, key)
-    num_heads = int(getattr(attention, heads))
+    width = projection.out_features
+    heads = width // getattr(attention, head_size) if head_size else getattr(attention, num_heads or "")
     architecture = ARCHITECTURES.get(getattr(config, "model_type", ""))
     norm_name = attention_norm or (architecture.attention_norm if architecture else None)
     owner, norm_name = _find_norm(model, name, norm_name, refusal)
@@ -106,8 +108,8 @@ def find_attention_site(model: nn.Module, name: str, attention_norm: Optional[st
         eager_attention=eager_attention,
         key_projection=key,
         value_projection=value,
-        num_heads=num_heads,
-        head_size=projection.out_features // num_heads,
+        num_heads=heads,
+        head_size=width // heads,
         hidden_size=projection.in_features,
         norm_owner=owner,
         norm_name=norm_name,

@@ -54,6 +54,10 @@ class E2VPTConfig(PeftConfig):
             The normalisation layer in front of the attention, which deep visual prompts pass before they are
             projected: the name of an attribute of the attention's parent or grandparent, or `"none"` for a model that
             has none there (post-norm). Only needed for architectures that this package does not know.
+        backbone (`Optional[dict[str, Any]]`):
+            The sizes of the backbone that the adapter was made for: not to be set by hand. Filled in when the adapter
+            is made, saved with it, and checked when it is loaded, so that an adapter that does not fit is refused
+            before anything is changed. `None` turns the check off.
 
     Raises:
         TypeError: A field has the wrong type.
@@ -132,6 +136,15 @@ class E2VPTConfig(PeftConfig):
             "help": (
                 "Name of the normalisation layer in front of the attention, an attribute of the attention's parent or "
                 "grandparent, or 'none'. Only needed for architectures that the package does not know."
+            )
+        },
+    )
+    backbone: Optional[dict[str, Any]] = field(
+        default=None,
+        metadata={
+            "help": (
+                "Sizes of the backbone that the adapter was made for; filled in when it is made and checked when it "
+                "is loaded. Not to be set by hand."
             )
         },
     )

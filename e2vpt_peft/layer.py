@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Optional
 
 import torch
@@ -14,7 +13,8 @@ from torch import nn
 from .architectures import AttentionSite
 from .attention import Prefix, PrefixedConfig
 from .config import E2VPTConfig
-from .routing import current_route
+from .heads import RoutedModulesToSave
+from .routing import current_route, route_samples
 
 if TYPE_CHECKING:
     from .shallow import TokenInsertion
@@ -59,6 +59,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self.training = base_layer.training
         base_layer.config = PrefixedConfig(self.config, self)  # type: ignore[assignment]
 
     @property
@@ -119,8 +120,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         adapters = self._running_adapters()
         samples = self._samples(batch_size)
         deep = [name for name in adapters if name in self.e2vpt_visual_prompts and not self._is_shallow(name)]
-        prompts = [self._visual_prompts(name, samples) for name in deep]
-        projected = dict(zip(deep, self._project(prompts, dtype)))
+        projected = self._project({name: self._visual_prompts(name, samples) for name in deep}, dtype)
         keys, values = [], []
         for name in adapters:
             rows = [projected[name]] if name in projected else []
@@ -202,21 +202,34 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
     def _drop(self, prompts: torch.Tensor, probability: float) -> torch.Tensor:
         return F.dropout(prompts, probability, self.training) if probability else prompts
 
-    def _project(self, prompts: Sequence[torch.Tensor], dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of visual prompts, all adapters in one go, each (samples, number of prompts, heads, head "
-        "size)"""
+    def _project(
+        self, prompts: dict[str, torch.Tensor], dtype: torch.dtype
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of each adapter's visual prompts, each (samples, number of prompts, heads, head size)"""
         if not prompts:
-            return []
+            return {}
         site = self.site
         norm = getattr(site.norm_owner, site.norm_name) if site.norm_owner is not None else nn.Identity()
+        if current_route() is None or not isinstance(norm, RoutedModulesToSave):
+            return self._project_together(prompts, norm, dtype)
+        projected = {}
+        for name, part in prompts.items():  # each through its own norm
+            with route_samples([name]):
+                projected.update(self._project_together({name: part}, norm, dtype))
+        return projected
+
+    def _project_together(
+        self, prompts: dict[str, torch.Tensor], norm: Any, dtype: torch.dtype
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         weight = getattr(norm, "weight", None)
-        normed = norm(torch.cat(list(prompts), 1).to(dtype if weight is None else weight.dtype))
-        lengths = [part.shape[1] for part in prompts]
+        normed = norm(torch.cat(list(prompts.values()), 1).to(dtype if weight is None else weight.dtype))
+        lengths = [part.shape[1] for part in prompts.values()]
+        heads = (self.site.num_heads, self.site.head_size)
         keys, values = (
-            getattr(self.base_layer, name)(normed).unflatten(-1, (site.num_heads, site.head_size)).split(lengths, 1)
-            for name in (site.key_projection, site.value_projection)
+            getattr(self.base_layer, name)(normed).unflatten(-1, heads).split(lengths, 1)
+            for name in (self.site.key_projection, self.site.value_projection)
         )
-        return list(zip(keys, values))
+        return dict(zip(prompts, zip(keys, values)))
 
     def _no_rows(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         device, _ = self._get_base_layer_device_and_dtype(self.base_layer)

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from typing import Any, NoReturn, Optional
 
-from peft import PeftConfig
+import torch
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from .architectures import ARCHITECTURES, AttentionSite, find_attention_site
+from .compatibility import check_adapter_name, check_backbone, check_prompts, describe_backbone
 from .config import E2VPTConfig
+from .heads import route_modules_to_save
 from .layer import CANNOT_MERGE, E2VPTLayer
+from .layouts import former_names, in_present_layout
 from .routing import BASE_MODEL, route_samples
 from .shallow import TokenInsertion
+
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts in front of the names of parameters in a saved adapter."""
 
 
 class E2VPTModel(BaseTuner):
@@ -57,6 +66,16 @@ class E2VPTModel(BaseTuner):
     tuner_layer_cls = E2VPTLayer
     target_module_mapping = {name: architecture.target_modules for name, architecture in ARCHITECTURES.items()}
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        adapters: dict[str, PeftConfig] = getattr(model, "peft_config", {})
+        before = dict(adapters)
+        try:
+            super().__init__(model, *args, **kwargs)
+        except Exception:  # PEFT has put the refused adapter beside those that the model has
+            adapters.clear()
+            adapters.update(before)
+            raise
+
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         model_type = model_config.get("model_type")
         assert isinstance(peft_config, E2VPTConfig)
@@ -77,21 +96,14 @@ class E2VPTModel(BaseTuner):
             if name and ".base_layer" not in name and self._is_target(peft_config, name)
         ]
         sites = {name: self._find_site(model, name, peft_config) for name in names}
+        self._check_backbone(peft_config, model, list(sites.values()))
         for name, site in sites.items():
             if peft_config.num_visual_prompts and site.hidden_size % peft_config.num_segments:
                 raise ValueError(
                     f"num_segments={peft_config.num_segments} does not divide the hidden size {site.hidden_size} of "
                     f"'{name}': choose a divisor of {site.hidden_size}."
                 )
-        if names and peft_config.layers_to_transform is not None:
-            requested = peft_config.layers_to_transform
-            for index in [requested] if isinstance(requested, int) else requested:
-                only = replace(peft_config, layers_to_transform=[index])
-                if not any(self._is_target(only, name) for name in names):
-                    raise ValueError(
-                        f"layers_to_transform={requested!r}: there is no layer {index} among the modules that "
-                        "target_modules matches. Layers are counted from 0."
-                    )
+        self._check_layer_indices(peft_config, model)
         if peft_config.visual_prompt_depth == "shallow" and peft_config.num_visual_prompts:
             stacks = {id(_find_stack(model, name)[0]) for name in names}
             if len(stacks) > 1:
@@ -99,6 +111,37 @@ class E2VPTModel(BaseTuner):
                     f"visual_prompt_depth='shallow': the targets {names} stand in {len(stacks)} stacks of layers, but "
                     "shallow prompts go through one. Narrow target_modules, or use visual_prompt_depth='deep'."
                 )
+
+    def _check_backbone(self, peft_config: E2VPTConfig, model: nn.Module, sites: list[AttentionSite]) -> None:
+        in_any_layer = replace(peft_config, layers_to_transform=None, layers_pattern=None)
+        names = [name for name, _ in model.named_modules() if name and ".base_layer" not in name]
+        num_layers = sum(self._is_target(in_any_layer, name) for name in names)
+        if num_layers:  # otherwise PEFT complains about the targets
+            backbone = describe_backbone(sites, num_layers)
+            check_backbone(peft_config, backbone)
+            peft_config.backbone = backbone
+
+    def _check_layer_indices(self, peft_config: E2VPTConfig, model: nn.Module) -> None:
+        requested = peft_config.layers_to_transform
+        indices = [requested] if isinstance(requested, int) else requested or []
+        for index in indices:
+            only = replace(peft_config, layers_to_transform=[index])
+            if not any(self._is_target(only, name) for name, _ in model.named_modules()):
+                raise ValueError(
+                    f"layers_to_transform={requested!r}: there is no layer {index} among the modules that "
+                    "target_modules matches. Layers are counted from 0."
+                )
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter into the model, as [`~peft.tuners.tuners_utils.BaseTuner.inject_adapter`]."""
+        check_adapter_name(model, adapter_name)
+        # A copy, because PEFT and this class write into it what they find in this model, and the user may want to put
+        # an adapter of the same configuration into another one.
+        config = copy(self.peft_config[adapter_name])
+        assert isinstance(config, E2VPTConfig)
+        self.peft_config[adapter_name] = in_present_layout(config, model)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        route_modules_to_save(model)
 
     def _create_and_replace(
         self,
@@ -111,6 +154,8 @@ class E2VPTModel(BaseTuner):
         parameter_name: Optional[str] = None,
     ) -> None:
         assert isinstance(peft_config, E2VPTConfig)
+        if not self.active_adapters:  # all others have been deleted, and PEFT cannot set none active
+            self.active_adapter = adapter_name
         is_shallow = peft_config.visual_prompt_depth == "shallow"
         is_first = not any(
             adapter_name in layer.adapter_configs for layer in self.model.modules() if isinstance(layer, E2VPTLayer)
@@ -151,6 +196,17 @@ class E2VPTModel(BaseTuner):
     def _is_target(self, peft_config: E2VPTConfig, name: str) -> bool:
         return bool(self._check_target_module_exists(peft_config, name))
 
+    def unload(self) -> nn.Module:
+        """
+        Return the very backbone: prompts are taken out and `modules_to_save` are given back their original modules.
+
+        In this it differs from PEFT, which leaves the trained `modules_to_save` in place.
+        """
+        for module in self.model.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                module.set_adapter([])
+        return super().unload()
+
     def _find_site(self, model: nn.Module, name: str, peft_config: E2VPTConfig) -> AttentionSite:
         module = model.get_submodule(name)
         if isinstance(module, E2VPTLayer):
@@ -160,30 +216,82 @@ class E2VPTModel(BaseTuner):
     def _check_merge_allowed(self) -> NoReturn:
         raise ValueError(CANNOT_MERGE)
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Always raises: prompts cannot be averaged."""
+        raise ValueError(
+            "E2VPT adapters cannot be combined into one: no average of prompts does what the prompts do. Several "
+            "adapters can be active at once, `model.base_model.set_adapter([...])`, which puts their prompts side by "
+            "side."
+        )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter. If it is the only active one, the first of the others becomes active in all layers.
+
+        Args:
+            adapter_name (`str`): The name of the adapter.
+        """
+        own = [name for name, config in self.peft_config.items() if isinstance(config, E2VPTConfig)]
+        others = [name for name in own if name != adapter_name]
+        if adapter_name in own and adapter_name in self.active_adapters and others:
+            # PEFT would let each layer choose among the adapters that it has, which need not be the same everywhere.
+            active = [name for name in self.active_adapters if name != adapter_name]
+            if not active:
+                active = others[:1]
+                warnings.warn(
+                    f"Adapter {adapter_name} was active and is deleted. Setting active adapter to {active[0]}.",
+                    stacklevel=2,
+                )
+            self.set_adapter(active)
+            super().delete_adapter(adapter_name)
+            self.active_adapter = active
+        else:
+            super().delete_adapter(adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Refuse prompts that do not fit, and rename those that were saved in another layout of the model."""
+        backbone = model.get_base_model() if isinstance(model, PeftModel) else model
+        former = former_names(backbone)
+        layers = {name: layer for name, layer in backbone.named_modules() if isinstance(layer, E2VPTLayer)}
+        renamed, prompts = {}, {}
+        for key, tensor in state_dict.items():
+            prefix = PEFT_PREFIX if key.startswith(PEFT_PREFIX) else ""
+            name, dot, prompt = key.removeprefix(prefix).partition(f".{cls.prefix}")
+            name = former.get(name, name)
+            renamed[f"{prefix}{name}{dot}{prompt}"] = tensor
+            if dot:
+                prompts[f"{name}{dot}{prompt}"] = tensor
+        check_prompts(layers, backbone, prompts)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Different adapters in one batch: send each sample through the adapter that `adapter_names` gives it."""
-        adapter_names = kwargs.get("adapter_names")
+        adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield
             return
         if self.training:
             raise ValueError("adapter_names is for inference: call model.eval() first.")
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names={adapter_names!r} must be a list, of one adapter name per sample.")
         unknown = sorted(set(adapter_names) - {BASE_MODEL} - set(self.peft_config))
         if unknown:
             raise ValueError(f"adapter_names has {unknown}, known are {[BASE_MODEL, *self.peft_config]}.")
+        samples = self._main_input(args, kwargs)
+        if samples is not None and len(adapter_names) != len(samples):
+            raise ValueError(
+                f"adapter_names has {len(adapter_names)} names for {len(samples)} samples: give one name per sample."
+            )
+        with route_samples(adapter_names, None if samples is None else samples.device):
+            yield
 
-        def pass_names_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return args, {**kwargs, "adapter_names": adapter_names}
-
-        heads = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-        handles = [head.register_forward_pre_hook(pass_names_on, with_kwargs=True) for head in heads]
-        try:
-            with route_samples(adapter_names):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _main_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Optional[torch.Tensor]:
+        """The main input of a call of the model, or else its first tensor, if any."""
+        main = kwargs.get(getattr(self.model, "main_input_name", ""))
+        return next((value for value in (main, *args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Optional[dict[str, Any]] = None, **kwargs: Any

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Optional
 
 import torch
@@ -17,14 +17,20 @@ BASE_MODEL = "__base__"
 class Route:
     """The adapter of each sample of a batch.
 
+    Wherever a batch size is asked for, it may be a multiple of the number of samples, because some models cut an image
+    into windows, which are neighbours in the batch.
+
     Args:
         sample_adapters (`Sequence[str]`): One adapter name per sample.
+        device (`Optional[torch.device]`): Where the samples are, so that no layer has to wait for a transfer.
     """
 
-    def __init__(self, sample_adapters: Sequence[str]) -> None:
-        self.adapters = list(dict.fromkeys(sample_adapters))
-        """The adapters that occur, each once."""
-        self.index = torch.tensor([self.adapters.index(name) for name in sample_adapters])
+    def __init__(self, sample_adapters: Sequence[str], device: Optional[torch.device] = None) -> None:
+        self.adapters = sorted(set(sample_adapters))
+        """The adapters that occur, each once, in an order that does not depend on that of the samples."""
+        self.counts = [list(sample_adapters).count(name) for name in self.adapters]
+        """For each of `adapters`, its number of samples."""
+        self.index = torch.tensor([self.adapters.index(name) for name in sample_adapters], device=device)
         """For each sample, where its adapter stands in `adapters`."""
 
     def gather(self, rows: Sequence[torch.Tensor], batch_size: int) -> torch.Tensor:
@@ -33,8 +39,7 @@ class Route:
         Args:
             rows (`Sequence[torch.Tensor]`):
                 For each of `adapters`, its rows, of shape (1, number of rows, ...).
-            batch_size (`int`):
-                A multiple of the number of samples where the model cuts an image into windows, which are neighbours.
+            batch_size (`int`): The batch size where they are used.
 
         Returns:
             `torch.Tensor`: (batch size, largest number of rows, ...), padded with zeros.
@@ -48,7 +53,7 @@ class Route:
 
         Args:
             lengths (`Sequence[int]`): For each of `adapters`, its number of rows.
-            batch_size (`int`): As for `gather`.
+            batch_size (`int`): The batch size where they are used.
             device (`torch.device`): Where to put the result.
         """
         if min(lengths) == max(lengths):
@@ -56,40 +61,61 @@ class Route:
         own = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
         return own.to(device).index_select(0, self._index(batch_size, device))
 
+    def dispatch(
+        self, states: torch.Tensor, modules: Sequence[Callable[[torch.Tensor], torch.Tensor]]
+    ) -> torch.Tensor:
+        """Run each sample through the module of its adapter, each module once.
+
+        Args:
+            states (`torch.Tensor`): The input, of shape (batch size, ...).
+            modules (`Sequence[Callable]`): For each of `adapters`, what its samples go through.
+
+        Returns:
+            `torch.Tensor`: The outputs, in the order of the samples.
+
+        Raises:
+            ValueError: The outputs do not fit into one tensor.
+        """
+        windows = states.shape[0] // len(self.index)
+        order = self._index(states.shape[0], states.device).argsort(stable=True)
+        parts = states.index_select(0, order).split([count * windows for count in self.counts])
+        outputs = [module(part) for module, part in zip(modules, parts)]
+        shapes = {name: tuple(output.shape[1:]) for name, output in zip(self.adapters, outputs)}
+        if len(set(shapes.values())) > 1:
+            raise ValueError(
+                f"adapter_names mixes adapters whose modules_to_save give outputs of different shapes, {shapes} for "
+                "each sample: they do not fit into one batch. Run them one after the other."
+            )
+        return torch.cat(outputs).index_select(0, order.argsort())
+
     def _index(self, batch_size: int, device: torch.device) -> torch.Tensor:
         return self.index.to(device).repeat_interleave(batch_size // len(self.index))
 
 
-class _CurrentRoute:
-    """Holds the route of the running forward pass.
+class _RunningPass(threading.local):
+    """What is known of the forward pass that is running in this thread.
 
-    A context variable, so that threads that share a model do not see each other's route. `torch.compile` cannot trace
-    those, for which reason compiled code reads a plain attribute instead, as in transformers' output capturing.
-    Compiled models are therefore not for several threads with different adapters at once.
+    A thread-local object rather than a context variable, because `torch.compile` traces the one and not the other.
     """
 
     def __init__(self) -> None:
-        self.in_context: ContextVar[Optional[Route]] = ContextVar("e2vpt_route", default=None)
-        self.in_compiled_code: Optional[Route] = None
+        self.route: Optional[Route] = None
 
 
-_current = _CurrentRoute()
+_running = _RunningPass()
 
 
 def current_route() -> Optional[Route]:
     """The route of the running forward pass; `None` if all samples go through the active adapters."""
-    return _current.in_compiled_code if torch.compiler.is_compiling() else _current.in_context.get()
+    return _running.route
 
 
 @contextmanager
-def route_samples(sample_adapters: Sequence[str]) -> Iterator[None]:
-    """Send each sample of the forward passes in this context through its own adapter."""
-    outer, _current.in_compiled_code = _current.in_compiled_code, Route(sample_adapters)
-    compiling = torch.compiler.is_compiling()
-    token = None if compiling else _current.in_context.set(_current.in_compiled_code)
+def route_samples(sample_adapters: Sequence[str], device: Optional[torch.device] = None) -> Iterator[None]:
+    """Send each sample of the forward passes in this context, and in this thread, through its own adapter."""
+    outer = _running.route
+    _running.route = Route(sample_adapters, device)
     try:
         yield
     finally:
-        _current.in_compiled_code = outer
-        if token is not None:
-            _current.in_context.reset(token)
+        _running.route = outer

@@ -1,0 +1,128 @@
+"""Whether an adapter fits a model: its name, and the backbone that it was made for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+from .architectures import AttentionSite
+from .config import E2VPTConfig
+from .layer import E2VPTLayer
+from .routing import BASE_MODEL
+
+SIZES = {
+    "num_layers": "number of layers",
+    "hidden_size": "hidden size",
+    "num_heads": "heads",
+    "head_size": "head size",
+}
+"""What has to agree between an adapter and a backbone, and how messages call it."""
+
+
+def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
+    """Refuse the name of a new adapter that cannot be used, before anything is changed.
+
+    Args:
+        model (`nn.Module`): The model, with the adapters that it has.
+        adapter_name (`str`): The name of the new one.
+
+    Raises:
+        ValueError: The name is taken, reserved, or one that PyTorch cannot give to a parameter.
+    """
+    refusal = f"adapter_name={adapter_name!r} "
+    if any(isinstance(layer, E2VPTLayer) and adapter_name in layer.adapter_configs for layer in model.modules()):
+        raise ValueError(refusal + "is the name of an adapter that the model has already.")
+    if adapter_name == BASE_MODEL:
+        raise ValueError(refusal + "stands for the model without an adapter: choose another name.")
+    if not adapter_name or "." in adapter_name:
+        raise ValueError(
+            refusal + "must have at least one character and no dot, as it becomes part of parameter names."
+        )
+    if any(hasattr(container, adapter_name) for container in (nn.ParameterDict(), nn.ModuleDict())):
+        raise ValueError(refusal + "is the name of a method of PyTorch's containers: choose another name.")
+
+
+def describe_backbone(sites: Sequence[AttentionSite], num_layers: int) -> dict[str, Any]:
+    """The sizes of a backbone that an adapter depends on.
+
+    Args:
+        sites (`Sequence[AttentionSite]`): The adapted self-attention modules.
+        num_layers (`int`): The number of layers to choose from.
+
+    Returns:
+        `dict`: For each of [`SIZES`] a number, or a list with a number for each site where they differ.
+    """
+    description: dict[str, Any] = {"num_layers": num_layers}
+    for name in ("hidden_size", "num_heads", "head_size"):
+        values = [getattr(site, name) for site in sites]
+        if values:
+            description[name] = values[0] if len(set(values)) == 1 else values
+    return description
+
+
+def check_backbone(config: E2VPTConfig, found: Mapping[str, Any]) -> None:
+    """Refuse to put an adapter into a backbone other than the one that it was made for.
+
+    Args:
+        config ([`E2VPTConfig`]): The adapter's configuration, with `backbone` if it was saved.
+        found (`Mapping[str, Any]`): The description of the backbone at hand.
+
+    Raises:
+        ValueError: The sizes differ; the message has them all.
+    """
+    made_for = config.backbone or {}
+    differences = [
+        f"{label} {made_for[name]} (this model: {found[name]})"
+        for name, label in SIZES.items()
+        if name in made_for and name in found and made_for[name] != found[name]
+    ]
+    if differences:
+        raise ValueError(_misfit(differences, config.base_model_name_or_path))
+
+
+def check_prompts(layers: Mapping[str, E2VPTLayer], model: nn.Module, prompts: Mapping[str, torch.Tensor]) -> None:
+    """Refuse saved prompts that cannot be for this model, before any of them is loaded.
+
+    Only what comes from the backbone is checked: keys that are missing or too many, and numbers of prompts, are
+    reported by PEFT, which can be told to ignore them.
+
+    Args:
+        layers (`Mapping[str, E2VPTLayer]`): The adapted modules of the model, by their names.
+        model (`nn.Module`): The model that these are in.
+        prompts (`Mapping[str, torch.Tensor]`): Saved prompts, by their names in that model.
+
+    Raises:
+        ValueError: Sizes differ; the message has them all.
+    """
+    differences: dict[str, str] = {}
+    for key, tensor in prompts.items():
+        name, _, kind = key.rpartition(".")
+        if name not in layers:
+            continue
+        site = layers[name].site
+        sizes = {"hidden_size": (tensor.shape[-1], site.hidden_size)}
+        if kind == "e2vpt_kv_prompts" and tensor.dim() >= 3:
+            sizes = {
+                "num_heads": (tensor.shape[-3], site.num_heads),
+                "head_size": (tensor.shape[-1], site.head_size),
+            }
+        for size, (saved, here) in sizes.items():
+            if saved != here:
+                differences.setdefault(size, f"{SIZES[size]} {saved} (this model: {here})")
+    known = {name for name, _ in model.named_modules()}
+    saved_for = {key.rpartition(".")[0] for key in prompts}
+    if saved_for - known and saved_for > set(layers):
+        differences["num_layers"] = f"{SIZES['num_layers']} {len(saved_for)} (this model: {len(layers)})"
+    if differences:
+        raise ValueError(_misfit([differences[size] for size in SIZES if size in differences]))
+
+
+def _misfit(differences: list[str], base_model: Optional[str] = None) -> str:
+    backbone = f" ({base_model})" if base_model else ""
+    return (
+        f"The adapter does not fit this model: it was made for a backbone with {', '.join(differences)}. "
+        f"Load it into the backbone that it was trained on{backbone}. Nothing has been loaded."
+    )

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from e2vpt_peft import E2VPTConfig
+from e2vpt_peft.attention import PREFIX_ATTENTION, extend_mask
+
+from .models import TINY_MODELS, images, tiny_vit
+from .prompted import with_prompts
+from .reference import random_prompts
+
+
+@pytest.fixture
+def recorded_implementations():
+    """Attention functions that note their names and hand over to sdpa."""
+    calls = []
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    for name in ("recorder_a", "recorder_b"):
+
+        def attend(module, query, key, value, mask, name=name, **kwargs):
+            calls.append((name, module.config._attn_implementation, key.shape[2] - query.shape[2]))
+            return sdpa(module, query, key, value, mask, **kwargs)
+
+        AttentionInterface.register(name, attend)
+    yield calls
+    for name in ("recorder_a", "recorder_b"):
+        del ALL_ATTENTION_FUNCTIONS._global_mapping[name]
+
+
+def test_the_models_own_implementation_is_followed_at_every_call(recorded_implementations):
+    model = get_peft_model(tiny_vit(), E2VPTConfig(num_visual_prompts=4, num_kv_prompts=3)).eval()
+    for name in ("recorder_a", "recorder_b"):
+        recorded_implementations.clear()
+        model.set_attn_implementation(name)
+        model(pixel_values=images())
+        assert recorded_implementations == [(name, name, 7)] * 3
+        recorded_implementations.clear()
+        with model.disable_adapter():
+            model(pixel_values=images())
+        assert recorded_implementations == [(name, name, 0)] * 3
+
+
+def test_switching_between_eager_and_sdpa_keeps_the_prompts():
+    model = get_peft_model(tiny_vit(attn_implementation="sdpa"), E2VPTConfig()).eval()
+    sdpa = model(pixel_values=images()).logits
+    model.set_attn_implementation("eager")
+    assert model.base_model.model.config._attn_implementation == "eager"
+    eager = model(pixel_values=images()).logits
+    torch.testing.assert_close(eager, sdpa, rtol=1e-5, atol=1e-5)
+    with model.disable_adapter():
+        assert not torch.allclose(model(pixel_values=images()).logits, sdpa)
+
+
+@pytest.mark.parametrize("make", TINY_MODELS.values(), ids=TINY_MODELS.keys())
+def test_attention_maps_have_visual_then_key_value_prompts_then_the_sequence(make):
+    model = make(attn_implementation="eager")
+    length = 18 if model.config.model_type == "deit" else 17
+    prompts = random_prompts(model, tokens=4, kv_prompts=3)
+    prompts.keys = prompts.keys.clone()
+    prompts.keys[:] = -100 * prompts.keys.sign()  # attended to by no query, or by far the most
+    adapted = with_prompts(model, prompts, share_kv_prompts=False)
+    attentions = adapted(pixel_values=images(), output_attentions=True).attentions
+    assert [attention.shape for attention in attentions] == [(3, 4, length, 4 + 3 + length)] * 3
+    for attention in attentions:
+        torch.testing.assert_close(attention.sum(-1), torch.ones(3, 4, length))
+
+    without_kv = with_prompts(make(attn_implementation="eager"), random_prompts(model, tokens=4, kv_prompts=0))
+    first = without_kv(pixel_values=images(), output_attentions=True).attentions[0]
+    visual_share = first[..., :4] / first[..., 4:].sum(-1, keepdim=True)
+    with_kv = attentions[0][..., :4] / attentions[0][..., 7:].sum(-1, keepdim=True)
+    finite = attentions[0][..., 7:].sum(-1) > 1e-6  # where the key-value prompts do not take everything
+    torch.testing.assert_close(with_kv[finite], visual_share[finite], rtol=1e-3, atol=1e-5)
+
+
+def test_shallow_prompts_are_rows_and_columns_behind_the_special_tokens():
+    model = get_peft_model(
+        tiny_vit(attn_implementation="eager"),
+        E2VPTConfig(num_visual_prompts=4, num_kv_prompts=3, visual_prompt_depth="shallow"),
+    ).eval()
+    attentions = model(pixel_values=images(), output_attentions=True).attentions
+    assert [attention.shape for attention in attentions] == [(3, 4, 21, 24)] * 3
+
+
+def test_a_causal_call_is_refused():
+    model = get_peft_model(tiny_vit(), E2VPTConfig()).eval()
+    hidden_states = torch.randn(2, 17, 32)
+    with pytest.raises(ValueError, match="is_causal=True.*bidirectional"):
+        model.base_model.model.vit.layers[0].attention(hidden_states, is_causal=True)
+
+
+def test_a_sliding_window_under_flash_attention_is_refused(recorded_implementations):
+    AttentionInterface.register("flash_stub", lambda *args, **kwargs: None)
+    try:
+        model = get_peft_model(tiny_vit(), E2VPTConfig()).eval()
+        model.base_model.model.config._attn_implementation_internal = "flash_stub"
+        with pytest.raises(ValueError, match="sliding window.*set_attn_implementation"):
+            model.base_model.model.vit.layers[0].attention(torch.randn(2, 17, 32), sliding_window=8)
+    finally:
+        del ALL_ATTENTION_FUNCTIONS._global_mapping["flash_stub"]
+
+
+def test_the_real_config_is_not_changed_and_reads_through():
+    model = tiny_vit()
+    config = copy.deepcopy(model.config)
+    adapted = get_peft_model(model, E2VPTConfig())
+    assert model.config.to_dict() == config.to_dict()
+    view = adapted.base_model.model.vit.layers[0].attention.base_layer.config
+    assert view._attn_implementation == PREFIX_ATTENTION
+    assert view.hidden_size == 32
+    with pytest.raises(AttributeError):
+        _ = view.no_such_field
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("depth", ["deep", "shallow"])
+def test_a_copy_of_a_model_has_prompts_and_a_config_of_its_own(copy_of, depth):
+    model = get_peft_model(tiny_vit(), E2VPTConfig(visual_prompt_depth=depth)).eval()
+    before = model(pixel_values=images()).logits
+    other = copy_of(model)
+    assert torch.equal(other(pixel_values=images()).logits, before)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "e2vpt_" in name:
+                parameter.add_(1)
+    other.set_attn_implementation("eager")
+    assert torch.equal(model(pixel_values=images()).logits, before)
+    assert not torch.allclose(other(pixel_values=images()).logits, before)
+    assert model.base_model.model.config._attn_implementation != "eager"
+
+
+@pytest.mark.parametrize("position", [0, 2])
+def test_masks_are_extended_in_the_layout_of_each_implementation(position):
+    states = torch.zeros(2, 5, 8)
+    visible = torch.tensor([[True, False], [True, True]])
+    columns = list(range(position)) + list(range(position + 2, 7))
+
+    def extended(mask, implementation, visible=None, insert_queries=False):
+        return extend_mask(mask, 2, visible, states, 5, implementation, position, insert_queries)
+
+    assert extended(None, "sdpa") is None
+    boolean = torch.rand(2, 1, 5, 5) > 0.5
+    assert torch.equal(extended(boolean, "sdpa")[..., columns], boolean)
+    assert extended(boolean, "sdpa")[..., position : position + 2].all()
+    additive = torch.randn(1, 4, 5, 5)
+    assert torch.equal(extended(additive, "eager")[..., columns], additive)
+    assert (extended(additive, "eager")[..., position : position + 2] == 0).all()
+    padding = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    assert torch.equal(extended(padding, "flash_attention_2")[:, columns], padding)
+
+    hidden = extended(None, "sdpa", visible)
+    assert hidden.shape == (2, 1, 1, 7)
+    assert hidden.dtype == torch.bool
+    assert torch.equal(hidden[:, 0, 0, position : position + 2], visible)
+    hidden = extended(additive, "eager", visible)
+    assert hidden.shape == (2, 4, 5, 7)
+    assert (hidden[0, ..., position + 1] == torch.finfo(torch.float32).min).all()
+    assert (hidden[1, ..., position + 1] == 0).all()
+    hidden = extended(None, "flash_attention_2", visible)
+    assert hidden.shape == (2, 7)
+
+    square = extended(boolean, "sdpa", insert_queries=True)
+    assert square.shape == (2, 1, 7, 7)
+    assert torch.equal(square[:, :, columns][..., columns], boolean)
+    assert torch.equal(square[:, :, position], square[:, :, 2 if position == 0 else 0])
