@@ -1,0 +1,44 @@
+# Every target makes and uses .venv; nothing needs to be installed by hand but Python 3.10 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: quickstart test test-fast lint docs docs-serve clean
+
+quickstart: $(VENV)/.examples ## adapt a real vision transformer to real digits and print a table
+	$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/.dev ## the whole test suite, slow tests included
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.dev ## the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.dev ## build the documentation, warnings are errors
+	$(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(VENV)/.dev
+	$(BIN)/mkdocs serve
+
+clean:
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+# torch goes first and by its exact version, so that nothing that depends on it brings a build with CUDA.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) $(shell grep '^torch==' constraints.txt)
+	touch $@
+
+$(VENV)/.examples: $(VENV)/.torch pyproject.toml
+	$(PIP_INSTALL) --editable '.[examples]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(PIP_INSTALL) --editable '.[dev]'
+	touch $@
