@@ -30,7 +30,9 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
         adapter_name (`str`): The name of the new one.
 
     Raises:
-        ValueError: The name is taken, reserved, or one that PyTorch cannot give to a parameter.
+        ValueError: The name is taken, reserved, one that PyTorch cannot give to a parameter, or the name of a part of
+        the model: PEFT tells adapters apart by the names of their parameters, so that of other adapters it would leave
+        out whatever is in that part when it saves them.
     """
     refusal = f"adapter_name={adapter_name!r} "
     if any(isinstance(layer, E2VPTLayer) and adapter_name in layer.adapter_configs for layer in model.modules()):
@@ -43,6 +45,27 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
         )
     if any(hasattr(container, adapter_name) for container in (nn.ParameterDict(), nn.ModuleDict())):
         raise ValueError(refusal + "is the name of a method of PyTorch's containers: choose another name.")
+    if adapter_name in _names_of_parts(model):
+        raise ValueError(
+            refusal + "is also the name of a part of the model, which would spoil other adapters on saving: choose "
+            "another name."
+        )
+
+
+def _names_of_parts(model: nn.Module) -> set[str]:
+    names = {
+        "base_model",
+        "model",
+        "base_layer",
+        "modules_to_save",
+        "original_module",
+        *E2VPTLayer.adapter_layer_names,
+    }
+    for module in model.modules():
+        if not isinstance(module, (nn.ModuleDict, nn.ParameterDict)):  # whose entries may be adapters
+            names.update(name for name, _ in module.named_children())
+            names.update(name for name, _ in module.named_parameters(recurse=False))
+    return names
 
 
 def describe_backbone(sites: Sequence[AttentionSite], num_layers: int) -> dict[str, Any]:
@@ -103,8 +126,10 @@ def check_prompts(layers: Mapping[str, E2VPTLayer], model: nn.Module, prompts: M
         if name not in layers:
             continue
         site = layers[name].site
-        sizes = {"hidden_size": (tensor.shape[-1], site.hidden_size)}
-        if kind == "e2vpt_kv_prompts" and tensor.dim() >= 3:
+        sizes: dict[str, tuple[int, int]] = {}
+        if kind == "e2vpt_visual_prompts":
+            sizes = {"hidden_size": (tensor.shape[-1], site.hidden_size)}
+        elif kind == "e2vpt_kv_prompts":
             sizes = {
                 "num_heads": (tensor.shape[-3], site.num_heads),
                 "head_size": (tensor.shape[-1], site.head_size),

@@ -58,6 +58,10 @@ class E2VPTConfig(PeftConfig):
             The sizes of the backbone that the adapter was made for: not to be set by hand. Filled in when the adapter
             is made, saved with it, and checked when it is loaded, so that an adapter that does not fit is refused
             before anything is changed. `None` turns the check off.
+        token_mask (`Optional[list[bool]]`):
+            Which visual prompts pruning kept. Written by [`prune_prompts`].
+        segment_mask (`Optional[list[list[bool]]]`):
+            Which segments of each visual prompt pruning kept. Written by [`prune_prompts`].
 
     Raises:
         TypeError: A field has the wrong type.
@@ -148,6 +152,13 @@ class E2VPTConfig(PeftConfig):
             )
         },
     )
+    token_mask: Optional[list[bool]] = field(
+        default=None, metadata={"help": "Which visual prompts pruning kept; written by `prune_prompts`."}
+    )
+    segment_mask: Optional[list[list[bool]]] = field(
+        default=None,
+        metadata={"help": "Which segments of each visual prompt pruning kept; written by `prune_prompts`."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -165,6 +176,10 @@ class E2VPTConfig(PeftConfig):
         for name in ("prompt_dropout", "kv_prompt_dropout"):
             _check_probability(name, getattr(self, name))
         _check_integer("num_segments", self.num_segments, at_least=1)
+        if self.token_mask is not None:
+            _check_mask("token_mask", self.token_mask, [self.num_visual_prompts])
+        if self.segment_mask is not None:
+            _check_mask("segment_mask", self.segment_mask, [self.num_visual_prompts, self.num_segments])
         if isinstance(self.target_modules, (list, tuple, set)):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, (list, tuple, set)):
@@ -192,3 +207,20 @@ def _check_probability(name: str, value: Any) -> None:
         raise TypeError(f"{name}={value!r} must be a number in [0, 1).")
     if not 0 <= value < 1:
         raise ValueError(f"{name}={value!r} must be in [0, 1): 0 for no dropout, below 1 so that something is left.")
+
+
+def _check_mask(name: str, value: Any, shape: list[int]) -> None:
+    rows = [value] if len(shape) == 1 else value
+    is_mask = (
+        isinstance(value, list)
+        and all(isinstance(row, list) and len(row) == shape[-1] for row in rows)
+        and len(value) == shape[0]
+        and all(isinstance(kept, bool) for row in rows for kept in row)
+    )
+    if not is_mask:
+        raise ValueError(
+            f"{name} must be a list of {' lists of '.join(map(str, shape))} booleans, for num_visual_prompts and "
+            f"num_segments, but is {value!r}."
+        )
+    if not any(kept for row in rows for kept in row):
+        raise ValueError(f"{name}={value!r} keeps nothing: at least one must be True.")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Optional
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
@@ -44,3 +45,20 @@ def route_modules_to_save(model: nn.Module) -> None:
         if type(module) is ModulesToSaveWrapper:
             # PEFT makes the wrappers and takes no class for them; another class keeps parameters and their names.
             module.__class__ = RoutedModulesToSave
+
+
+def check_modules_to_save(model: nn.Module, modules_to_save: Optional[Sequence[str]]) -> None:
+    """Check that `modules_to_save` can be trained.
+
+    Raises:
+        ValueError: One of them is quantised.
+    """
+    for name, module in model.named_modules():
+        if not any(name.endswith(ending) for ending in modules_to_save or []):  # as PEFT finds them
+            continue
+        if not all(parameter.is_floating_point() for parameter in module.parameters()):
+            raise ValueError(
+                f"modules_to_save={list(modules_to_save or [])} includes '{name}', which is quantised and cannot be "
+                f"trained. Load the model without quantising it: for bitsandbytes, "
+                f"BitsAndBytesConfig(..., llm_int8_skip_modules=['{name.rpartition('.')[2]}'])."
+            )

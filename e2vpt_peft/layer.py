@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, Optional
 
 import torch
 import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -14,6 +16,7 @@ from .architectures import AttentionSite
 from .attention import Prefix, PrefixedConfig
 from .config import E2VPTConfig
 from .heads import RoutedModulesToSave
+from .masks import kept_components, token_mask
 from .routing import current_route, route_samples
 
 if TYPE_CHECKING:
@@ -43,7 +46,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("e2vpt_visual_prompts", "e2vpt_kv_prompts")
-    other_param_names = ("adapter_configs",)
+    other_param_names = ("adapter_configs", "has_visual_prompts", "kept_components", "initial_prompts")
 
     def __init__(self, base_layer: nn.Module, site: AttentionSite) -> None:
         super().__init__()
@@ -55,6 +58,15 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         self.e2vpt_visual_prompts = nn.ParameterDict()
         self.e2vpt_kv_prompts = nn.ParameterDict()
         self.adapter_configs: dict[str, E2VPTConfig] = {}
+        self.has_visual_prompts: dict[str, bool] = {}
+        # Where the parameters of prompts with pruned segments belong; made from the config, so not saved.
+        self.kept_components = BufferDict(persistent=False)
+        # What `rewind_prompts` goes back to: plain tensors on the CPU, which no state dict and no file has.
+        self.initial_prompts: dict[str, dict[str, torch.Tensor]] = {}
+        self.prefix_hook: Optional[Callable[[Prefix], Prefix]] = None
+        """If set, is given every prefix and returns the one to use; for scores, which need its gradients."""
+        self.token_bias: Optional[torch.Tensor] = None
+        """If set, is added to the attention that shallow visual prompts are paid, (number of prompts,); for scores."""
         self.token_insertion: Optional[TokenInsertion] = None
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
@@ -74,34 +86,68 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             config ([`E2VPTConfig`]): Its configuration.
             has_visual_prompts (`bool`): Whether it has visual prompts here: shallow ones exist in one layer only.
         """
-        site = self.site
         self.adapter_configs[adapter_name] = config
-        if has_visual_prompts:
-            shape: tuple[int, ...] = (config.num_visual_prompts, site.hidden_size)
-            self.e2vpt_visual_prompts[adapter_name] = nn.Parameter(torch.empty(shape))
-        if config.num_kv_prompts:
-            shape = (site.num_heads, config.num_kv_prompts, site.head_size)
-            shape = shape if config.share_kv_prompts else (2, *shape)
-            self.e2vpt_kv_prompts[adapter_name] = nn.Parameter(torch.empty(shape))
-        self.reset_prompts(adapter_name)
+        self.has_visual_prompts[adapter_name] = has_visual_prompts
+        self.draw_initial_prompts(adapter_name)
+        self.rewind(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    @torch.no_grad()
-    def reset_prompts(self, adapter_name: str) -> None:
-        """Draw the prompts of an adapter anew.
+    def draw_initial_prompts(self, adapter_name: str) -> None:
+        """Draw new initial values for the prompts of an adapter, pruned ones included.
 
         Visual prompts are uniform in ±sqrt(6 / (3 p² + D)), with p the patch size and D the hidden size (as VPT);
         key-value prompts are Kaiming-uniform, in ±sqrt(6 / (n d)), with n their number and d the head size.
         """
-        site = self.site
-        if adapter_name in self.e2vpt_visual_prompts:
+        site, config = self.site, self.adapter_configs[adapter_name]
+        initial = self.initial_prompts[adapter_name] = {}
+        if self.has_visual_prompts[adapter_name]:
             bound = math.sqrt(6 / (site.patch_fan_in + site.hidden_size))
-            self.e2vpt_visual_prompts[adapter_name].uniform_(-bound, bound)
-        if adapter_name in self.e2vpt_kv_prompts:
-            prompts = self.e2vpt_kv_prompts[adapter_name]
-            bound = math.sqrt(6 / (prompts.shape[-2] * site.head_size))
-            prompts.uniform_(-bound, bound)
+            initial["visual"] = torch.empty(config.num_visual_prompts, site.hidden_size).uniform_(-bound, bound)
+        if config.num_kv_prompts:
+            bound = math.sqrt(6 / (config.num_kv_prompts * site.head_size))
+            shape = (site.num_heads, config.num_kv_prompts, site.head_size)
+            initial["kv"] = torch.empty(shape if config.share_kv_prompts else (2, *shape)).uniform_(-bound, bound)
+
+    def rewind(self, adapter_name: str) -> None:
+        """Put the prompts of an adapter, as far as they are not pruned, to their initial values."""
+        initial = self.initial_prompts[adapter_name]
+        if "visual" in initial:
+            self.set_visual_prompts(adapter_name, initial["visual"])
+        if "kv" in initial:
+            _set_parameter(self.e2vpt_kv_prompts, adapter_name, initial["kv"])
+
+    def visual_prompts(self, adapter_name: str) -> Optional[torch.Tensor]:
+        """The values of visual prompts, (number before pruning, hidden size), with zeros where they are pruned.
+
+        `None` if the adapter has none in this layer.
+        """
+        if not self.has_visual_prompts[adapter_name]:
+            return None
+        kept = self._dense(adapter_name).detach()
+        prompts = kept.new_zeros(self.adapter_configs[adapter_name].num_visual_prompts, self.site.hidden_size)
+        prompts[token_mask(self.adapter_configs[adapter_name]).to(kept.device)] = kept
+        return prompts
+
+    def set_visual_prompts(self, adapter_name: str, prompts: torch.Tensor) -> None:
+        """Give visual prompts, as far as the masks in the adapter's config keep them, new values.
+
+        The parameter stays the same tensor unless its size changes.
+
+        Args:
+            adapter_name (`str`): The adapter.
+            prompts (`torch.Tensor`): Values as [`visual_prompts`] returns them.
+        """
+        config = self.adapter_configs[adapter_name]
+        values = prompts[token_mask(config).to(prompts.device)]
+        components = kept_components(config, self.site.hidden_size)
+        if components is not None:
+            values = values.flatten()[components.to(values.device)]
+        _set_parameter(self.e2vpt_visual_prompts, adapter_name, values)
+        if components is not None:
+            self.kept_components[adapter_name] = components.to(self.e2vpt_visual_prompts[adapter_name].device)
+        elif adapter_name in self.kept_components:
+            del self.kept_components[adapter_name]
 
     @property
     def has_prefix(self) -> bool:
@@ -131,7 +177,8 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             values.append(torch.cat([row[1].to(dtype) for row in rows], 1))
         route = current_route()
         if route is None:
-            return Prefix(torch.cat(keys, 1), torch.cat(values, 1))
+            prefix = Prefix(torch.cat(keys, 1), torch.cat(values, 1))
+            return prefix if self.prefix_hook is None else self.prefix_hook(prefix)
         visible = route.visible([part.shape[1] for part in keys], batch_size, keys[0].device)
         return Prefix(route.gather(keys, batch_size), route.gather(values, batch_size), visible)
 
@@ -157,13 +204,13 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         """Which of [`tokens`] each sample may see, (batch size, [`num_tokens`]), or `None` if all."""
         route = current_route()
         if route is None:
-            return None
+            return None if self.token_bias is None else self.token_bias.expand(batch_size, -1)
         device, _ = self._get_base_layer_device_and_dtype(self.base_layer)
         return route.visible(self._token_counts(), batch_size, device)
 
     def _token_counts(self) -> list[int]:
         adapters = self._running_adapters()
-        return [self.e2vpt_visual_prompts[name].shape[0] if self._inserts_tokens(name) else 0 for name in adapters]
+        return [self._num_visual_prompts(name) if self._inserts_tokens(name) else 0 for name in adapters]
 
     def _running_adapters(self) -> list[str]:
         route = current_route()
@@ -187,8 +234,22 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
 
     def _visual_prompts(self, adapter_name: str, samples: int) -> torch.Tensor:
         """(samples, number of prompts, hidden size)"""
-        prompts = self.e2vpt_visual_prompts[adapter_name].expand(samples, -1, -1)
+        prompts = self._dense(adapter_name).expand(samples, -1, -1)
         return self._drop(prompts, self.adapter_configs[adapter_name].prompt_dropout)
+
+    def _dense(self, adapter_name: str) -> torch.Tensor:
+        """(number of prompts kept, hidden size), with zeros in pruned segments"""
+        prompts = self.e2vpt_visual_prompts[adapter_name]
+        if adapter_name not in self.kept_components:
+            return prompts
+        size = self._num_visual_prompts(adapter_name) * self.site.hidden_size
+        dense = prompts.new_zeros(size).index_copy(0, self.kept_components[adapter_name], prompts)
+        return dense.unflatten(0, (-1, self.site.hidden_size))
+
+    def _num_visual_prompts(self, adapter_name: str) -> int:
+        """The number of prompts kept."""
+        prompts = self.e2vpt_visual_prompts[adapter_name]
+        return len(prompts) if prompts.dim() == 2 else sum(self.adapter_configs[adapter_name].token_mask or [])
 
     def _kv_prompts(self, adapter_name: str, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, each (samples, number of prompts, heads, head size)"""
@@ -265,3 +326,15 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             "E2VPT does not support nn.DataParallel, which Trainer uses when one process sees several GPUs. Start the "
             "script with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU."
         )
+
+
+@torch.no_grad()
+def _set_parameter(parameters: nn.ParameterDict, name: str, values: torch.Tensor) -> None:
+    """Give a parameter new values, in place if their number is the same."""
+    if name not in parameters:
+        parameters[name] = nn.Parameter(values.clone())
+    elif parameters[name].shape == values.shape:
+        parameters[name].copy_(values)
+    else:
+        old = parameters[name]
+        parameters[name] = nn.Parameter(values.to(old.device, old.dtype), requires_grad=old.requires_grad)

@@ -14,11 +14,12 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from .architectures import ARCHITECTURES, AttentionSite, find_attention_site
 from .compatibility import check_adapter_name, check_backbone, check_prompts, describe_backbone
 from .config import E2VPTConfig
-from .heads import route_modules_to_save
+from .heads import check_modules_to_save, route_modules_to_save
 from .layer import CANNOT_MERGE, E2VPTLayer
 from .layouts import former_names, in_present_layout
 from .routing import BASE_MODEL, route_samples
@@ -74,6 +75,9 @@ class E2VPTModel(BaseTuner):
         except Exception:  # PEFT has put the refused adapter beside those that the model has
             adapters.clear()
             adapters.update(before)
+            if isinstance(model, PreTrainedModel) and not before:
+                # transformers' `add_adapter` has set it already, and would look for the adapters in vain next time.
+                model._hf_peft_config_loaded = False
             raise
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
@@ -96,6 +100,7 @@ class E2VPTModel(BaseTuner):
             if name and ".base_layer" not in name and self._is_target(peft_config, name)
         ]
         sites = {name: self._find_site(model, name, peft_config) for name in names}
+        check_modules_to_save(model, peft_config.modules_to_save)
         self._check_backbone(peft_config, model, list(sites.values()))
         for name, site in sites.items():
             if peft_config.num_visual_prompts and site.hidden_size % peft_config.num_segments:
@@ -304,9 +309,12 @@ class E2VPTModel(BaseTuner):
             activation_checkpointing_kwargs (`dict`, *optional*):
                 As for [`~transformers.PreTrainedModel.activation_checkpointing_enable`].
         """
-        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        backbone: Any = self.model
+        # Early versions of transformers 5 have the older name only.
+        enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
+        enable(activation_checkpointing_kwargs, **kwargs)
         if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
-            self.model.enable_input_require_grads()
+            backbone.enable_input_require_grads()
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Optional[dict[str, Any]] = None, **kwargs: Any

@@ -50,7 +50,7 @@ class TokenInsertion:
             handle.remove()
 
     def _enter_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        owners = [owner for at, owner in sorted(self.owners.items()) if at <= index and owner.num_tokens()]
+        owners = [self.owners[at] for at in sorted(self.owners) if at <= index and self.owners[at].num_tokens()]
         if not owners:
             return args, kwargs
         hidden_states = args[0]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # No test may reach the Hub; code that does gets an error at once instead of a time-out.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,3 +16,12 @@ import e2vpt_peft  # noqa: F401  (registers the method)
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def single_threaded() -> Iterator[None]:
+    """Tiny models gain nothing from threads, which on a busy machine wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
