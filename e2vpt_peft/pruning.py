@@ -12,7 +12,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from .config import E2VPTConfig
-from .importance import PromptScores
+from .importance import PromptScores, prompted_layers
 from .layer import E2VPTLayer
 from .masks import segment_mask as current_segment_mask
 from .masks import token_mask as current_token_mask
@@ -187,27 +187,6 @@ def set_masks(model: nn.Module, tokens: torch.Tensor, segments: torch.Tensor, ad
     for layer, prompts in zip(layers, dense):
         if prompts is not None:
             layer.set_visual_prompts(adapter_name, prompts)
-
-
-def prompted_layers(model: nn.Module, adapter_name: Optional[str] = None) -> tuple[str, list[E2VPTLayer]]:
-    """The name of an adapter with visual prompts, by default the active one, and its layers, all of them.
-
-    Raises:
-        ValueError: There is no such adapter, it has no visual prompts, or several are active.
-    """
-    layers = [module for module in model.modules() if isinstance(module, E2VPTLayer)]
-    known = sorted({name for layer in layers for name in layer.adapter_configs})
-    if adapter_name is None:
-        active = sorted({name for layer in layers for name in layer.active_adapters if name in known})
-        if len(active) != 1:
-            raise ValueError(f"adapter_name is needed: the active E2VPT adapters are {active}, of {known}.")
-        adapter_name = active[0]
-    if adapter_name not in known:
-        raise ValueError(f"adapter_name={adapter_name!r} is no E2VPT adapter of this model, which has {known}.")
-    layers = [layer for layer in layers if adapter_name in layer.adapter_configs]
-    if not layers[0].adapter_configs[adapter_name].num_visual_prompts:
-        raise ValueError(f"Adapter '{adapter_name}' has no visual prompts: key-value prompts are not pruned.")
-    return adapter_name, layers
 
 
 def _choose(
