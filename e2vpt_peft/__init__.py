@@ -5,11 +5,24 @@ Importing this package registers the method with PEFT: `get_peft_model`, `PeftMo
 """
 
 from .config import E2VPTConfig
+from .importance import PromptScores, score_prompts
 from .layer import E2VPTLayer
 from .model import E2VPTModel
 from .peft_type import E2VPTType, register_with_peft
+from .pruning import PruningSummary, prune_prompts, rewind_prompts
 from .version import __version__
 
-__all__ = ["E2VPTConfig", "E2VPTLayer", "E2VPTModel", "E2VPTType", "__version__"]
+__all__ = [
+    "E2VPTConfig",
+    "E2VPTLayer",
+    "E2VPTModel",
+    "E2VPTType",
+    "PromptScores",
+    "PruningSummary",
+    "__version__",
+    "prune_prompts",
+    "rewind_prompts",
+    "score_prompts",
+]
 
 register_with_peft(E2VPTConfig, E2VPTModel)

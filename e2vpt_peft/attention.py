@@ -133,7 +133,9 @@ def extend_mask(
             The mask as the implementation takes it: of shape (batch size or 1, heads or 1, queries or 1, keys),
             additive (eager) or boolean (sdpa), of shape (batch size, keys) (flash), a `BlockMask` (flex), or `None`.
         count (`int`): The number of new keys.
-        visible (`Optional[torch.Tensor]`): Which of them each sample may see, (batch size, count), or `None` for all.
+        visible (`Optional[torch.Tensor]`):
+            Which of them each sample may see, (batch size or 1, count), or `None` for all. A floating point tensor is
+            added to their attention scores instead (not for flash and flex attention).
         states (`torch.Tensor`): Any tensor with the batch size, type and device of the attention.
         length (`int`): The number of keys so far.
         implementation (`str`): The name of the attention implementation.
@@ -145,13 +147,15 @@ def extend_mask(
     if implementation == "flex_attention" and not isinstance(mask, torch.Tensor):
         return _extend_block_mask(mask, count, visible, states, length, position, insert_queries)
     if mask is None:
-        additive = implementation == "eager"
+        additive = implementation == "eager" or (visible is not None and visible.is_floating_point())
         shape = (states.shape[0], length) if "flash" in implementation else (1, 1, 1, length)
         dtype = states.dtype if additive else torch.bool
         mask = torch.full(shape, 0 if additive else 1, dtype=dtype, device=states.device)
+    if mask.dtype == torch.bool and visible is not None and visible.is_floating_point():
+        mask = torch.zeros_like(mask, dtype=states.dtype).masked_fill(~mask, torch.finfo(states.dtype).min)
     if visible is None:
         visible = torch.ones(1, count, dtype=torch.bool, device=mask.device)
-    if mask.is_floating_point():
+    if mask.is_floating_point() and visible.dtype == torch.bool:
         new = torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, torch.finfo(mask.dtype).min)
     else:
         new = visible.to(mask.dtype)

@@ -127,7 +127,7 @@ def check_prompts(layers: Mapping[str, E2VPTLayer], model: nn.Module, prompts: M
             continue
         site = layers[name].site
         sizes: dict[str, tuple[int, int]] = {}
-        if kind == "e2vpt_visual_prompts":
+        if kind == "e2vpt_visual_prompts" and tensor.dim() == 2:  # with pruned segments they are one flat tensor
             sizes = {"hidden_size": (tensor.shape[-1], site.hidden_size)}
         elif kind == "e2vpt_kv_prompts":
             sizes = {

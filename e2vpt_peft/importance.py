@@ -50,23 +50,26 @@ def score_prompts(
 ) -> PromptScores:
     """Score each visual prompt, and each segment of it, by what the loss on some data says about it.
 
-    The model, its gradients, its mode and the random state are left as they were. With several processes, each gives its
-    part of the data and all get the same scores. The mixed precision in force is used: call it under
+    The model, its gradients, its mode and the random state are left as they were. With several processes, each gives
+    its part of the data and all get the same scores. The mixed precision in force is used: call it under
     `accelerator.autocast()` for that of an [`~accelerate.Accelerator`].
 
     Args:
         model (`nn.Module`): The adapted model.
         dataloader (`Iterable`): Batches, as dictionaries with labels, or as pairs (inputs, labels).
         method (`str`):
-            - `"removal"` (default): tokens are left out one at a time, which costs a forward pass for each; segments get
+            - `"removal"` (default): tokens are left out one at a time, which costs a forward pass for each; segments
+            get
               the first-order change of the loss through the keys and values that are left without them, exact in the
               norm and the projections, for one forward and backward pass in all.
             - `"leave_one_out"`: tokens and segments are left out one at a time: exact, at a forward pass for each.
-            - `"absolute"`: the paper's score (eq. 6): the mean over batches of the absolute derivative of the loss with
+            - `"absolute"`: the paper's score (eq. 6): the mean over batches of the absolute derivative of the loss
+            with
               respect to a factor on the token or segment.
             - `"signed"`: the score of the published code: the same mean without absolute values.
             - `"first_order"`: minus that: the first-order change of the loss on removal.
-            - `"attention_gate"`: tokens by the absolute first-order change of the loss when they are no longer attended
+            - `"attention_gate"`: tokens by the absolute first-order change of the loss when they are no longer
+            attended
               to; segments as with `"removal"`.
         adapter_name (`str`, *optional*): The adapter; the active one by default.
         max_batches (`int`, *optional*): Use at most so many batches of each process.
@@ -158,7 +161,7 @@ class _Probe:
                 f"The model returns no loss for a batch of {sorted(self.batch)}: batches need labels, and the model a "
                 "head that computes a loss."
             )
-        return loss.float()
+        return loss
 
     @torch.no_grad()
     def value(self, prompts: Optional[list[torch.Tensor]] = None) -> torch.Tensor:
@@ -278,7 +281,8 @@ def _segments_by_midpoints(probe: _Probe) -> torch.Tensor:
 
 
 def _attention_gate(probe: _Probe) -> Scores:
-    """The derivative with respect to a bias on the attention that a token is paid, in all layers, heads and queries."""
+    """The derivative with respect to a bias on the attention that a token is paid, in all layers, heads and "
+    "queries."""
     count = len(probe.prompts[0])
     bias = torch.zeros(count, device=probe.prompts[0].device, requires_grad=True)
 
@@ -311,7 +315,9 @@ SCORING_METHODS: dict[str, Callable[[_Probe], Scores]] = {
 
 
 @contextmanager
-def _prefix_hooks(layers: list[E2VPTLayer], make: Callable[[E2VPTLayer], Callable[[Prefix], Prefix]]) -> Iterator[None]:
+def _prefix_hooks(
+    layers: list[E2VPTLayer], make: Callable[[E2VPTLayer], Callable[[Prefix], Prefix]]
+) -> Iterator[None]:
     for layer in layers:
         layer.prefix_hook = make(layer)
     try:
@@ -370,4 +376,3 @@ def _as_dict(model: nn.Module, batch: Any) -> dict[str, Any]:
         batch = {main_input: batch[0], "labels": batch[1]}
     device = next(model.parameters()).device
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-

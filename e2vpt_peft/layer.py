@@ -117,6 +117,25 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         if "kv" in initial:
             _set_parameter(self.e2vpt_kv_prompts, adapter_name, initial["kv"])
 
+    def forget_initial_prompts_if_untrained(self, adapter_name: str) -> None:
+        """Drop the initial values of an adapter that is about to be loaded, if it was made to that end only.
+
+        They are not what the loaded prompts started from. Those of an adapter that has been trained here stay, for
+        example when a trainer loads its best checkpoint.
+        """
+        initial = self.initial_prompts.get(adapter_name, {})
+        prompts = [self.e2vpt_visual_prompts, self.e2vpt_kv_prompts]
+        untrained = any(kind[adapter_name].is_meta for kind in prompts if adapter_name in kind)
+        if not untrained:
+            current = {"kv": self.e2vpt_kv_prompts[adapter_name].detach()} if "kv" in initial else {}
+            if "visual" in initial:
+                current["visual"] = self.visual_prompts(adapter_name)
+            untrained = all(
+                torch.equal(current[kind].cpu(), initial[kind].to(current[kind].dtype)) for kind in initial
+            )
+        if untrained:
+            self.initial_prompts.pop(adapter_name, None)
+
     def visual_prompts(self, adapter_name: str) -> Optional[torch.Tensor]:
         """The values of visual prompts, (number before pruning, hidden size), with zeros where they are pruned.
 
@@ -124,7 +143,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         """
         if not self.has_visual_prompts[adapter_name]:
             return None
-        kept = self._dense(adapter_name).detach()
+        kept = self.dense_visual_prompts(adapter_name).detach()
         prompts = kept.new_zeros(self.adapter_configs[adapter_name].num_visual_prompts, self.site.hidden_size)
         prompts[token_mask(self.adapter_configs[adapter_name]).to(kept.device)] = kept
         return prompts
@@ -145,7 +164,8 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             values = values.flatten()[components.to(values.device)]
         _set_parameter(self.e2vpt_visual_prompts, adapter_name, values)
         if components is not None:
-            self.kept_components[adapter_name] = components.to(self.e2vpt_visual_prompts[adapter_name].device)
+            device = self.e2vpt_visual_prompts[adapter_name].device
+            self.kept_components[adapter_name] = components if device.type == "meta" else components.to(device)
         elif adapter_name in self.kept_components:
             del self.kept_components[adapter_name]
 
@@ -173,11 +193,11 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             rows += [self._kv_prompts(name, samples)] if name in self.e2vpt_kv_prompts else []
             rows = rows or [self._no_rows(dtype)]
             dtype = rows[0][0].dtype
-            keys.append(torch.cat([row[0].to(dtype) for row in rows], 1))
-            values.append(torch.cat([row[1].to(dtype) for row in rows], 1))
+            keys.append(_cat([row[0].to(dtype) for row in rows]))
+            values.append(_cat([row[1].to(dtype) for row in rows]))
         route = current_route()
         if route is None:
-            prefix = Prefix(torch.cat(keys, 1), torch.cat(values, 1))
+            prefix = Prefix(_cat(keys), _cat(values))
             return prefix if self.prefix_hook is None else self.prefix_hook(prefix)
         visible = route.visible([part.shape[1] for part in keys], batch_size, keys[0].device)
         return Prefix(route.gather(keys, batch_size), route.gather(values, batch_size), visible)
@@ -234,13 +254,13 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
 
     def _visual_prompts(self, adapter_name: str, samples: int) -> torch.Tensor:
         """(samples, number of prompts, hidden size)"""
-        prompts = self._dense(adapter_name).expand(samples, -1, -1)
+        prompts = self.dense_visual_prompts(adapter_name).expand(samples, -1, -1)
         return self._drop(prompts, self.adapter_configs[adapter_name].prompt_dropout)
 
-    def _dense(self, adapter_name: str) -> torch.Tensor:
-        """(number of prompts kept, hidden size), with zeros in pruned segments"""
+    def dense_visual_prompts(self, adapter_name: str) -> torch.Tensor:
+        """The visual prompts that are not pruned, (number, hidden size), with zeros in pruned segments."""
         prompts = self.e2vpt_visual_prompts[adapter_name]
-        if adapter_name not in self.kept_components:
+        if prompts.dim() == 2:
             return prompts
         size = self._num_visual_prompts(adapter_name) * self.site.hidden_size
         dense = prompts.new_zeros(size).index_copy(0, self.kept_components[adapter_name], prompts)
@@ -249,7 +269,10 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
     def _num_visual_prompts(self, adapter_name: str) -> int:
         """The number of prompts kept."""
         prompts = self.e2vpt_visual_prompts[adapter_name]
-        return len(prompts) if prompts.dim() == 2 else sum(self.adapter_configs[adapter_name].token_mask or [])
+        if prompts.dim() == 2:
+            return len(prompts)
+        config = self.adapter_configs[adapter_name]
+        return config.num_visual_prompts if config.token_mask is None else sum(config.token_mask)
 
     def _kv_prompts(self, adapter_name: str, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, each (samples, number of prompts, heads, head size)"""
@@ -291,6 +314,18 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             for name in (self.site.key_projection, self.site.value_projection)
         )
         return dict(zip(prompts, zip(keys, values)))
+
+    def keys_and_values(self, prompts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What visual prompts become in the attention of this layer.
+
+        Args:
+            prompts (`torch.Tensor`): Of shape (number of prompts, hidden size).
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Keys and values, each (number of prompts, heads, head size).
+        """
+        keys, values = self._project({"": prompts[None]}, prompts.dtype)[""]
+        return keys[0], values[0]
 
     def _no_rows(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         device, _ = self._get_base_layer_device_and_dtype(self.base_layer)
@@ -338,3 +373,7 @@ def _set_parameter(parameters: nn.ParameterDict, name: str, values: torch.Tensor
     else:
         old = parameters[name]
         parameters[name] = nn.Parameter(values.to(old.device, old.dtype), requires_grad=old.requires_grad)
+
+
+def _cat(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)  # of a single tensor, cat would make a copy

@@ -269,6 +269,8 @@ class E2VPTModel(BaseTuner):
             if dot:
                 prompts[f"{name}{dot}{prompt}"] = tensor
         check_prompts(layers, backbone, prompts)
+        for layer in layers.values():
+            layer.forget_initial_prompts_if_untrained(adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
 
     @contextmanager

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model
+from torch.utils.data import DataLoader
+
+from e2vpt_peft import E2VPTConfig, prune_prompts, score_prompts
+from e2vpt_peft.importance import SCORING_METHODS
+
+from .models import images, tiny_vit
+from .prompted import with_prompts
+from .reference import random_prompts
+
+all_methods = pytest.mark.parametrize("method", SCORING_METHODS)
+LABELS = torch.tensor([0, 1, 2, 3])
+
+
+def data(batches=2):
+    return [{"pixel_values": images(4, seed=seed), "labels": LABELS} for seed in range(batches)]
+
+
+def prompted(shallow=False, dtype=torch.float64, scale=1.0, **config):
+    prompts = random_prompts(tiny_vit(), 4, 2, shallow=shallow)
+    prompts.visual *= scale
+    return with_prompts(tiny_vit().to(dtype), prompts, num_segments=8, **config)
+
+
+def double(batches):
+    return [{**batch, "pixel_values": batch["pixel_values"].double()} for batch in batches]
+
+
+@all_methods
+@pytest.mark.parametrize("shallow", [False, True])
+def test_scores_have_the_documented_shapes_and_types(method, shallow):
+    scores = score_prompts(prompted(shallow, torch.float32), data(), method, progress_bar=False)
+    assert (scores.tokens.shape, scores.segments.shape) == ((4,), (4, 8))
+    assert scores.tokens.dtype == scores.segments.dtype == torch.float64
+    assert scores.method == method
+    assert scores.tokens.any()
+    assert scores.segments.any()
+
+
+@all_methods
+def test_model_gradients_mode_and_random_state_are_left_as_they_were(method):
+    model = get_peft_model(tiny_vit(), E2VPTConfig(modules_to_save=["classifier"])).train()
+    model.base_model.model.vit.layers[0].eval()
+    model(pixel_values=images(), labels=LABELS[:3]).loss.backward()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    modes = [module.training for module in model.modules()]
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    dataset = [{"pixel_values": image, "labels": label} for image, label in zip(images(4), LABELS)]
+    random_states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+
+    score_prompts(model, DataLoader(dataset, batch_size=2, shuffle=True), method, progress_bar=False)
+
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == set(gradients)
+    assert all(torch.equal(model.get_parameter(n).grad, g) for n, g in gradients.items())
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == trainable
+    assert random.getstate() == random_states[0]
+    assert np.random.get_state()[1].tolist() == random_states[1]
+    assert torch.equal(torch.get_rng_state(), random_states[2])
+
+
+def test_an_error_while_scoring_leaves_the_model_as_it_was():
+    model = get_peft_model(tiny_vit(), E2VPTConfig()).train()
+    with pytest.raises(ValueError, match="no loss for a batch of"):
+        score_prompts(model, [{"pixel_values": images()}], progress_bar=False)
+    assert model.training
+    assert all(layer.attention.prefix_hook is None for layer in model.base_model.model.vit.layers)
+
+
+@all_methods
+def test_batches_may_be_pairs(method):
+    model = prompted(dtype=torch.float32)
+    pairs = [(batch["pixel_values"], batch["labels"]) for batch in data()]
+    ours, theirs = (score_prompts(model, batches, method, progress_bar=False) for batches in (data(), pairs))
+    assert torch.equal(ours.tokens, theirs.tokens)
+    assert torch.equal(ours.segments, theirs.segments)
+
+
+@all_methods
+def test_max_batches_uses_the_first_ones(method):
+    model = prompted(dtype=torch.float32)
+    first = score_prompts(model, data(1), method, progress_bar=False)
+    limited = score_prompts(model, data(3), method, max_batches=1, progress_bar=False)
+    assert torch.equal(first.tokens, limited.tokens)
+
+
+@all_methods
+def test_a_named_adapter_is_scored_though_another_is_active(method):
+    model = get_peft_model(tiny_vit(), E2VPTConfig(modules_to_save=["classifier"]))
+    model.add_adapter("other", E2VPTConfig(num_visual_prompts=3, modules_to_save=["classifier"]))
+    named = score_prompts(model, data(), method, adapter_name="other", progress_bar=False)
+    assert model.active_adapters == ["default"]
+    assert model.base_model.model.vit.layers[0].attention.active_adapters == ["default"]
+    assert named.tokens.shape == (3,)
+    model.set_adapter("other")
+    torch.testing.assert_close(score_prompts(model, data(), method, progress_bar=False).tokens, named.tokens)
+
+
+@pytest.mark.parametrize("shallow", [False, True])
+def test_the_default_agrees_with_leaving_out_for_small_segments(shallow):
+    """With many segments, each is a small part of its token, and the first-order change is the change."""
+    prompts = random_prompts(tiny_vit(), 4, 2, shallow=shallow)
+    model = with_prompts(tiny_vit().double(), prompts, num_segments=32)
+    fast = score_prompts(model, double(data()), "removal", progress_bar=False)
+    exact = score_prompts(model, double(data()), "leave_one_out", progress_bar=False)
+    assert torch.equal(fast.tokens, exact.tokens)
+    correlation = torch.corrcoef(torch.stack([fast.segments.flatten(), exact.segments.flatten()]))[0, 1]
+    assert correlation > 0.9
+
+
+def test_the_attention_gate_is_the_derivative_of_the_loss_by_a_bias_on_attention():
+    model = prompted()
+    batch = double(data(1))
+    scores = score_prompts(model, batch, "attention_gate", progress_bar=False)
+    layers = [layer.attention for layer in model.base_model.model.vit.layers]
+
+    def loss(token, step):
+        def hook(prefix):
+            bias = torch.zeros(1, prefix.keys.shape[1], dtype=torch.float64)
+            bias[0, token] = step
+            return prefix._replace(visible=bias)
+
+        for layer in layers:
+            layer.prefix_hook = hook
+        value = model(**batch[0]).loss.item()
+        for layer in layers:
+            layer.prefix_hook = None
+        return value
+
+    for token in range(4):
+        numeric = (loss(token, 1e-5) - loss(token, -1e-5)) / 2e-5
+        assert scores.tokens[token].item() == pytest.approx(abs(numeric), rel=1e-5, abs=1e-9)
+
+
+@all_methods
+@pytest.mark.parametrize("shallow", [False, True])
+def test_a_pruned_adapter_can_be_scored(method, shallow):
+    model = prompted(shallow, torch.float32)
+    scores = score_prompts(model, data(), method, progress_bar=False)
+    prune_prompts(model, scores, token_rate=0.5, segment_rate=0.5)
+    again = score_prompts(model, data(), method, progress_bar=False)
+    assert again.segments.shape == (2, 8)
+    mask = torch.tensor(model.peft_config["default"].segment_mask)[model.peft_config["default"].token_mask]
+    torch.testing.assert_close(again.segments[~mask], torch.zeros(8, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+@all_methods
+def test_autocast_is_followed(method):
+    model = prompted(dtype=torch.float32)
+    exact = score_prompts(model, data(), method, progress_bar=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = score_prompts(model, data(), method, progress_bar=False)
+    assert not torch.equal(exact.segments, rough.segments)
+    assert torch.corrcoef(torch.stack([exact.segments.flatten(), rough.segments.flatten()]))[0, 1] > 0.9
+
+
+def test_bad_input_is_refused_in_words():
+    model = prompted(dtype=torch.float32)
+    with pytest.raises(ValueError, match="method='best' must be one of 'removal'"):
+        score_prompts(model, data(), "best")
+    with pytest.raises(ValueError, match="no batch"):
+        score_prompts(model, [], progress_bar=False)
+    with pytest.raises(ValueError, match="a pair"):
+        score_prompts(model, [images()], progress_bar=False)
+    bad = [{"pixel_values": images(4) * float("nan"), "labels": LABELS}]
+    with pytest.raises(ValueError, match="not finite"):
+        score_prompts(model, bad, progress_bar=False)

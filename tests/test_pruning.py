@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from e2vpt_peft import E2VPTConfig, PromptScores, prune_prompts, rewind_prompts
+
+from .models import images, prompt_parameters, tiny_vit
+from .prompted import with_prompts
+from .reference import random_prompts
+
+SEGMENTS = 8
+both_depths = pytest.mark.parametrize("depth", ["deep", "shallow"])
+
+
+def adapted(depth="deep", seed=0, **config):
+    """A model with 6 visual prompts whose parameters are all different from their initial values."""
+    torch.manual_seed(seed)
+    defaults = {
+        "num_visual_prompts": 6,
+        "num_kv_prompts": 3,
+        "num_segments": SEGMENTS,
+        "modules_to_save": ["classifier"],
+    }
+    model = get_peft_model(tiny_vit(), E2VPTConfig(visual_prompt_depth=depth, **{**defaults, **config})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    return model
+
+
+def scores(tokens=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return PromptScores(torch.rand(tokens, generator=generator), torch.rand(tokens, SEGMENTS, generator=generator))
+
+
+def layers_of(model):
+    return [layer.attention for layer in model.base_model.model.vit.layers]
+
+
+@both_depths
+def test_an_adapter_with_pruned_tokens_is_one_that_was_built_with_fewer(depth):
+    prompts = random_prompts(tiny_vit(), 6, 3, shallow=depth == "shallow")
+    pruned = with_prompts(tiny_vit(), prompts)
+    prune_prompts(pruned, token_mask=[True, False, True, True, False, False])
+    prompts.visual = prompts.visual[:, [0, 2, 3]]
+    built = with_prompts(tiny_vit(), prompts)
+    assert torch.equal(pruned(pixel_values=images()).logits, built(pixel_values=images()).logits)
+    assert {n: p.shape for n, p in prompt_parameters(pruned).items()} == {
+        n: p.shape for n, p in prompt_parameters(built).items()
+    }
+
+
+@both_depths
+def test_an_adapter_with_pruned_segments_is_one_with_zeros_there(depth):
+    prompts = random_prompts(tiny_vit(), 6, 3, shallow=depth == "shallow")
+    mask = torch.rand(6, SEGMENTS, generator=torch.Generator().manual_seed(0)) > 0.5
+    pruned = with_prompts(tiny_vit(), prompts, num_segments=SEGMENTS)
+    prune_prompts(pruned, segment_mask=mask)
+    prompts.visual = prompts.visual * mask.repeat(1, 32 // SEGMENTS)
+    zeroed = with_prompts(tiny_vit(), prompts)
+    torch.testing.assert_close(pruned(pixel_values=images()).logits, zeroed(pixel_values=images()).logits)
+    layer = layers_of(pruned)[0]
+    assert layer.e2vpt_visual_prompts["default"].numel() == int(mask.sum()) * 32 // SEGMENTS
+
+
+@both_depths
+def test_pruned_segments_stay_zero_under_training_with_weight_decay(depth):
+    model = adapted(depth)
+    prune_prompts(model, scores(), token_rate=0.5, segment_rate=0.5)
+    before = layers_of(model)[0].visual_prompts("default")
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.1, weight_decay=0.5)
+    model.train()
+    for _ in range(3):
+        model(pixel_values=images(), labels=torch.tensor([0, 1, 2])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = layers_of(model)[0].visual_prompts("default")
+    assert torch.equal(after == 0, before == 0)
+    assert int((after == 0).sum()) == 3 * 32 + 3 * 16
+    assert not torch.equal(after, before)
+
+
+@both_depths
+def test_a_pruned_adapter_saves_loads_and_shrinks(depth, tmp_path):
+    model = adapted(depth)
+    model.save_pretrained(tmp_path / "whole")
+    summary = prune_prompts(model, scores(), token_rate=0.5, segment_rate=0.5)
+    model.save_pretrained(tmp_path / "pruned")
+    expected = model(pixel_values=images()).logits
+
+    config = PeftConfig.from_pretrained(tmp_path / "pruned")
+    assert sum(config.token_mask) == 3
+    assert config.num_visual_prompts == 6
+    loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path / "pruned")
+    assert torch.equal(loaded(pixel_values=images()).logits, expected)
+    low_memory = PeftModel.from_pretrained(tiny_vit(), tmp_path / "pruned", low_cpu_mem_usage=True)
+    assert torch.equal(low_memory(pixel_values=images()).logits, expected)
+
+    whole, pruned = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "pruned"))
+    sizes = [sum(t.numel() for key, t in tensors.items() if "e2vpt" in key) for tensors in (whole, pruned)]
+    assert sizes == [summary.parameters_before, summary.parameters_after]
+    bytes_saved = [(tmp_path / name / "adapter_model.safetensors").stat().st_size for name in ("whole", "pruned")]
+    assert bytes_saved[0] - bytes_saved[1] == pytest.approx(4 * (sizes[0] - sizes[1]), abs=400)
+
+
+@both_depths
+def test_a_loaded_pruned_adapter_trains_and_can_be_pruned_again(depth, tmp_path):
+    model = adapted(depth)
+    prune_prompts(model, scores(), token_rate=0.5, segment_rate=0.5)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path, is_trainable=True).eval()
+    summaries = [prune_prompts(m, scores(3, seed=5), token_count=1, segment_count=2) for m in (model, loaded)]
+    assert summaries[0] == summaries[1]
+    assert (summaries[0].tokens_before, summaries[0].tokens_after) == (3, 2)
+    assert (summaries[0].segments_before, summaries[0].segments_after) == (12, 4)
+    assert torch.equal(model(pixel_values=images()).logits, loaded(pixel_values=images()).logits)
+
+
+def test_pruning_one_adapter_never_touches_another():
+    model = adapted()
+    model.add_adapter("other", E2VPTConfig(num_visual_prompts=6, num_segments=SEGMENTS))
+    before = {n: p.clone() for n, p in model.named_parameters() if ".other" in n}
+    config = copy.deepcopy(model.peft_config["other"])
+    prune_prompts(model, scores(), token_rate=0.5, segment_rate=0.5, adapter_name="default")
+    after = {n: p for n, p in model.named_parameters() if ".other" in n}
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[n], p) for n, p in before.items())
+    assert model.peft_config["other"] == config
+
+
+@both_depths
+def test_pruned_and_whole_adapters_in_one_batch(depth):
+    model = adapted(depth)
+    for name in ("whole", "pruned"):
+        model.add_adapter(
+            name,
+            E2VPTConfig(
+                visual_prompt_depth=depth,
+                num_visual_prompts=6,
+                num_segments=SEGMENTS,
+                modules_to_save=["classifier"],
+            ),
+        )
+    prune_prompts(model, scores(), token_rate=0.5, segment_rate=0.5, adapter_name="pruned")
+    names = ["pruned", "whole", "default", "__base__", "pruned"]
+    batch = images(5)
+    together = model(pixel_values=batch, adapter_names=names).logits
+    for index, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                alone = model(pixel_values=batch[index : index + 1]).logits
+        else:
+            model.set_adapter(name)
+            alone = model(pixel_values=batch[index : index + 1]).logits
+        torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tokens", "segments"),
+    [
+        ({"token_rate": 0.0, "segment_rate": 0.0}, 6, 48),
+        ({"token_rate": 0.3}, 5, 40),
+        ({"token_rate": 1.0}, 1, 8),
+        ({"token_rate": 1.0, "min_tokens": 2}, 2, 16),
+        ({"segment_rate": 1.0}, 6, 12),
+        ({"segment_rate": 1.0, "min_segments": 1}, 6, 6),
+        ({"token_count": 2, "segment_count": 3}, 4, 20),
+        ({"token_rate": 0.5, "segment_count": 100}, 3, 6),
+    ],
+)
+def test_rates_are_rounded_down_and_minima_are_kept(arguments, tokens, segments):
+    summary = prune_prompts(adapted(), scores(), **arguments)
+    assert (summary.tokens_after, summary.segments_after) == (tokens, segments)
+
+
+def test_the_lowest_scores_go_first_and_ties_go_to_the_lower_index():
+    model = adapted()
+    tied = PromptScores(torch.tensor([1.0, 0, 0, 2, 0, 1]), torch.zeros(6, SEGMENTS))
+    prune_prompts(model, tied, token_count=2, segment_count=3)
+    config = model.peft_config["default"]
+    assert config.token_mask == [True, False, False, True, True, True]
+    assert config.segment_mask[0] == [False] * 3 + [True] * 5
+    assert config.segment_mask[1] == [False] * 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"token_rate": 0.5}, ["token_rate needs scores"]),
+        ({"scores": scores(), "token_rate": 1.5}, ["token_rate=1.5", "[0, 1]"]),
+        ({"scores": scores(), "segment_rate": -0.1}, ["segment_rate=-0.1"]),
+        ({"scores": scores(), "token_count": -1}, ["token_count=-1"]),
+        ({"scores": scores(), "token_rate": 0.5, "token_count": 1}, ["token_rate and token_count", "contradict"]),
+        ({"scores": scores(5), "token_rate": 0.5}, ["scores are for 5 visual prompts", "6 of 8"]),
+        ({"token_mask": [True] * 5}, ["token_mask", "(6,)", "(5,)"]),
+        ({"token_mask": [False] * 6}, ["keeps nothing"]),
+        ({"segment_mask": torch.ones(6, SEGMENTS)}, ["segment_mask must be boolean"]),
+        ({"token_mask": [True] * 6, "adapter_name": "nobody"}, ["adapter_name='nobody'", "default"]),
+    ],
+)
+def test_an_error_names_what_is_wrong_and_changes_nothing(arguments, words):
+    model = adapted()
+    before = model(pixel_values=images()).logits
+    with pytest.raises(ValueError) as raised:
+        prune_prompts(model, **arguments)
+    for word in words:
+        assert word in str(raised.value)
+    assert torch.equal(model(pixel_values=images()).logits, before)
+    assert model.peft_config["default"].token_mask is None
+
+
+def test_key_value_prompts_alone_cannot_be_pruned():
+    model = get_peft_model(tiny_vit(), E2VPTConfig(num_visual_prompts=0))
+    with pytest.raises(ValueError, match="no visual prompts"):
+        prune_prompts(model, token_mask=[True])
+
+
+def test_the_summary_prints_well():
+    text = str(prune_prompts(adapted(), scores(), token_rate=0.5, segment_rate=0.5))
+    assert "adapter 'default'" in text
+    assert "visual prompts          6 ->          3  (50.0% left)" in text
+    assert "segments               48 ->         12  (25.0% left)" in text
+
+
+def test_masks_in_a_config_are_checked():
+    with pytest.raises(ValueError, match="token_mask must be a list of 10"):
+        E2VPTConfig(token_mask=[True])
+    with pytest.raises(ValueError, match="token_mask must be a list of 10"):
+        E2VPTConfig(token_mask=[1] * 10)
+    with pytest.raises(ValueError, match="segment_mask must be a list of 10 lists of 16"):
+        E2VPTConfig(segment_mask=[[True] * 16] * 9)
+    with pytest.raises(ValueError, match="keeps nothing"):
+        E2VPTConfig(token_mask=[False] * 10)
+
+
+@both_depths
+def test_rewinding_puts_survivors_and_the_head_back_to_their_initial_values(depth):
+    torch.manual_seed(1)
+    model = get_peft_model(
+        tiny_vit(),
+        E2VPTConfig(
+            visual_prompt_depth=depth, num_visual_prompts=6, num_segments=SEGMENTS, modules_to_save=["classifier"]
+        ),
+    ).eval()
+    fresh = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    prune_prompts(model, scores(), token_rate=0.5, segment_rate=0.5)
+    rewind_prompts(model)
+    prune_prompts(fresh, scores(), token_rate=0.5, segment_rate=0.5)
+    assert torch.equal(model(pixel_values=images()).logits, fresh(pixel_values=images()).logits)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n, p in fresh.named_parameters() if p.requires_grad
+    }
+
+
+def test_rewinding_can_undo_the_pruning():
+    torch.manual_seed(1)
+    model = get_peft_model(tiny_vit(), E2VPTConfig(num_visual_prompts=6, num_segments=SEGMENTS)).eval()
+    before = model(pixel_values=images()).logits
+    prune_prompts(model, scores(), token_rate=0.5, segment_rate=0.5)
+    rewind_prompts(model, undo_pruning=True)
+    assert torch.equal(model(pixel_values=images()).logits, before)
+    assert model.peft_config["default"].token_mask is None
+
+
+def test_rewinding_can_start_from_fresh_values():
+    model = adapted()
+    prune_prompts(model, scores(), token_rate=0.5, segment_rate=0.5)
+    rewind_prompts(model)
+    saved = model(pixel_values=images()).logits
+    torch.manual_seed(77)
+    rewind_prompts(model, init="fresh")
+    fresh = model(pixel_values=images()).logits
+    assert not torch.allclose(fresh, saved)
+    rewind_prompts(model)  # fresh values are the initial ones from now on
+    assert torch.equal(model(pixel_values=images()).logits, fresh)
+    with pytest.raises(ValueError, match="init='stale'"):
+        rewind_prompts(model, init="stale")
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_an_adapter_that_was_loaded_has_no_initial_values_to_go_back_to(tmp_path, low_cpu_mem_usage):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        tiny_vit(), tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage
+    ).eval()
+    before = loaded(pixel_values=images()).logits
+    with pytest.raises(ValueError, match="loaded from a file.*init='fresh'"):
+        rewind_prompts(loaded)
+    assert torch.equal(loaded(pixel_values=images()).logits, before)
+    rewind_prompts(loaded, init="fresh")
+    rewind_prompts(loaded)
+
+
+def test_loading_a_checkpoint_of_the_same_run_keeps_the_initial_values(tmp_path):
+    model = adapted()
+    rewind_to = [layer.initial_prompts["default"]["visual"].clone() for layer in layers_of(model)]
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    rewind_prompts(model)
+    for layer, initial in zip(layers_of(model), rewind_to):
+        assert torch.equal(layer.visual_prompts("default"), initial)
+
+
+def test_initial_values_are_in_no_state_dict_and_go_with_the_adapter():
+    model = adapted()
+    prune_prompts(model, scores(), segment_rate=0.5)
+    assert not any("initial" in key or "kept" in key for key in model.state_dict())
+    model.add_adapter("other", E2VPTConfig())
+    model.delete_adapter("default")
+    assert all(set(layer.initial_prompts) == {"other"} for layer in layers_of(model))
+    assert all(len(list(layer.kept_components.keys())) == 0 for layer in layers_of(model))
