@@ -10,14 +10,18 @@ from .layer import E2VPTLayer
 from .model import E2VPTModel
 from .peft_type import E2VPTType, register_with_peft
 from .pruning import PruningSummary, prune_prompts, rewind_prompts
+from .trainer import E2VPTTrainer, PruningArguments, PruningConfig
 from .version import __version__
 
 __all__ = [
     "E2VPTConfig",
     "E2VPTLayer",
     "E2VPTModel",
+    "E2VPTTrainer",
     "E2VPTType",
     "PromptScores",
+    "PruningArguments",
+    "PruningConfig",
     "PruningSummary",
     "__version__",
     "prune_prompts",

@@ -3,10 +3,10 @@
     python examples/pretrain_backbone.py                                   # remakes examples/backbone
     python examples/pretrain_backbone.py --data_dir DATA --output_dir DIR  # real images: parquet with image and label
 
-The drawn classes are printed characters of the fonts that come with matplotlib (Latin, Greek, Cyrillic, Armenian and
-Georgian letters, symbols and shapes), characters of an invented script (random pen strokes, every image a new
-hand), and textures. The digits 0 to 9 are not among them, so a model that tells handwritten digits apart has
-learned that from the digits. Letters that look like digits (O, S, Z and others) are.
+The drawn classes are printed symbols and shapes of the fonts that come with matplotlib (stars, arrows, hearts, signs)
+and textures. There are no letters among them unless `--letters` asks for them, and never the digits 0 to 9: a model
+that tells handwritten digits apart has learned that from the digits. `--invented_characters N` adds N characters of
+an invented script (random pen strokes, every image a new hand).
 
 The result is a `ViTModel` without a head, weights stored in float16 to keep the repository small.
 """
@@ -53,11 +53,12 @@ class PretrainingArguments:
             "help": "Pretrain on real images instead: a parquet file or a folder of them (columns image, label)."
         },
     )
-    steps: int = field(default=3000, metadata={"help": "Optimiser steps."})
+    steps: int = field(default=900, metadata={"help": "Optimiser steps."})
     batch_size: int = field(default=256, metadata={"help": "Images per step."})
     learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak learning rate of AdamW."})
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of AdamW."})
-    invented_characters: int = field(default=256, metadata={"help": "Classes of the invented script."})
+    letters: bool = field(default=False, metadata={"help": "Draw letters of several alphabets, too."})
+    invented_characters: int = field(default=0, metadata={"help": "Characters of an invented script to draw, too."})
     image_size: int = field(default=24, metadata={"help": "Height and width of the backbone's input."})
     patch_size: int = field(default=4, metadata={"help": "Height and width of a patch."})
     hidden_size: int = field(default=128, metadata={"help": "Width of the backbone."})
@@ -239,7 +240,7 @@ class DrawnImages:
     """The pretraining task: images of drawn classes. The same seed and generator state always give the same images."""
 
     def __init__(
-        self, image_size: int, invented_characters: int = 256, seed: int = 0, characters: str = LETTERS + SYMBOLS
+        self, image_size: int, invented_characters: int = 0, seed: int = 0, characters: str = SYMBOLS
     ) -> None:
         self.image_size = image_size
         self.bank = printed_characters(characters)
@@ -343,7 +344,8 @@ def pretrain(args: PretrainingArguments) -> tuple[ViTForImageClassification, flo
     task: DrawnImages | RealImages
     test: Sampler
     if args.data_dir is None:
-        task = DrawnImages(args.image_size, args.invented_characters, args.seed)
+        characters = LETTERS + SYMBOLS if args.letters else SYMBOLS
+        task = DrawnImages(args.image_size, args.invented_characters, args.seed, characters)
         test = task.sample
     else:
         task = RealImages(args.data_dir, args.image_size)

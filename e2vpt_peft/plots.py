@@ -1,0 +1,56 @@
+"""Figures of pruning results. Needs matplotlib."""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def plot_candidates(results: Union[dict[str, Any], str, PathLike[str]]) -> Figure:
+    """The metric of every candidate against its parameters.
+
+    Args:
+        results (`dict` or path): The content of a `pruning_results.json`, or where it is.
+
+    Returns:
+        `matplotlib.figure.Figure`: It belongs to no window: `savefig` it, or show it in a notebook.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+
+    Example:
+
+        ```py
+        >>> plot_candidates("out/pruning_results.json").savefig("candidates.png")
+        ```
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: pip install 'e2vpt-peft[plots]'") from error
+    table: dict[str, Any] = results if isinstance(results, dict) else json.loads(Path(results).read_text())
+    unpruned, *candidates = table["candidates"]
+    # Candidates that dropped out early were trained for less and are no fair comparison.
+    dropped = [row for row in candidates if row["phase"] != row["name"]]
+    finished = [row for row in candidates if row["phase"] == row["name"]]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    if dropped:
+        axes.plot(*_points(dropped), "o", color="0.8", label="dropped out early")
+    axes.plot(*_points(finished), "o", color="tab:blue", label="pruned, rewound, retrained")
+    axes.plot(*_points([unpruned]), "s", color="black", label="unpruned")
+    best = [row for row in table["candidates"] if row["name"] == table["best"]]
+    axes.plot(*_points(best), "o", markersize=12, fillstyle="none", color="tab:red", label="kept")
+    axes.set_xlabel("parameters of the prompts")
+    axes.set_ylabel(table["metric"])
+    axes.legend()
+    return figure
+
+
+def _points(rows: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    return [row["parameters"] for row in rows], [row["metric"] for row in rows]

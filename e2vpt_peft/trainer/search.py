@@ -1,0 +1,135 @@
+"""The candidates for pruning, in what order they are trained and for how long, and which one wins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Optional
+
+import torch
+from torch import nn
+
+from ..importance import PromptScores, prompted_layers
+from ..masks import segment_mask, token_mask
+from ..pruning import prune_prompts, set_masks
+from .config import PruningConfig
+
+
+@dataclass
+class Candidate:
+    """One way to prune: all the rates that come to the same prompts, and how well it did."""
+
+    name: str
+    token_mask: torch.Tensor
+    segment_mask: torch.Tensor
+    parameters: int
+    """Of the prompts, without the head."""
+    rates: list[tuple[float, float]] = field(default_factory=list)
+    metric: Optional[float] = None
+    epochs: float = 0.0
+    """Spent on it in all rounds."""
+    phase: Optional[str] = None
+    """The last one in which it was trained."""
+
+    def row(self) -> dict[str, object]:
+        """Its line in the table of results."""
+        return {
+            "name": self.name,
+            "rates": [list(pair) for pair in self.rates],
+            "tokens": int(self.token_mask.sum()),
+            "segments": int(self.segment_mask.sum()),
+            "parameters": self.parameters,
+            "metric": self.metric,
+            "epochs": self.epochs,
+            "phase": self.phase,
+        }
+
+
+def list_candidates(
+    model: nn.Module, scores: PromptScores, config: PruningConfig, adapter_name: str
+) -> tuple[Candidate, list[Candidate]]:
+    """The unpruned adapter and every different way to prune it, in the order of the rates.
+
+    Leaves the masks of the adapter as they were, but not the values of its prompts.
+    """
+    adapter_config = prompted_layers(model, adapter_name)[1][0].adapter_configs[adapter_name]
+    start = token_mask(adapter_config), segment_mask(adapter_config)
+    found: dict[tuple[bytes, bytes], Candidate] = {}
+    pairs = [(0.0, 0.0)] + [(token, segment) for token in config.token_rates for segment in config.segment_rates]
+    for rates in dict.fromkeys(pairs):
+        summary = prune_prompts(
+            model,
+            scores,
+            *rates,
+            min_tokens=config.min_tokens,
+            min_segments=config.min_segments,
+            adapter_name=adapter_name,
+        )
+        masks = token_mask(adapter_config), segment_mask(adapter_config)
+        key = masks[0].numpy().tobytes(), masks[1].numpy().tobytes()
+        name = f"candidate-{len(found)}" if found else "unpruned"
+        found.setdefault(key, Candidate(name, *masks, summary.parameters_after)).rates.append(rates)
+        set_masks(model, *start, adapter_name)
+    reference, *candidates = found.values()
+    return reference, candidates
+
+
+def plan_rounds(config: PruningConfig, candidates: int, full: float) -> list[tuple[int, float]]:
+    """How many candidates are trained in each round, and for how many epochs (or steps).
+
+    Args:
+        config ([`PruningConfig`]): The search.
+        candidates (`int`): How many there are.
+        full (`float`): The epochs of a full training, which those of the last round get.
+
+    Example:
+
+        ```py
+        >>> plan_rounds(PruningConfig(search="halving"), 81, 100)
+        [(81, 4), (27, 11), (9, 33), (3, 100)]
+        ```
+    """
+    if config.search == "grid" or candidates <= 1:
+        return [(candidates, full)]
+    shares = [config.halving_factor**power for power in range(config.halving_rounds)]
+    # Rounds that would be of the same length are one round.
+    lengths = sorted({full} | {min(full, max(1, round(full / share))) for share in shares[1:]})
+    return [(math.ceil(candidates / share), length) for share, length in zip(shares, lengths)]
+
+
+def search(
+    candidates: Sequence[Candidate],
+    rounds: Sequence[tuple[int, float]],
+    train: Callable[[Candidate, float], None],
+    greater_is_better: bool,
+) -> list[Candidate]:
+    """Train candidates round by round, the best of each round in the next. Returns those of the last round."""
+    survivors = list(candidates)
+    for count, length in rounds:
+        survivors = survivors if count == len(survivors) else ranked(survivors, greater_is_better)[:count]
+        for candidate in survivors:
+            train(candidate, length)
+    return survivors
+
+
+def ranked(candidates: Sequence[Candidate], greater_is_better: bool) -> list[Candidate]:
+    """The best first; ties go to the sparser one, then to the lower rates."""
+    order = {id(candidate): index for index, candidate in enumerate(candidates)}
+    return sorted(candidates, key=lambda c: (-_goodness(c.metric, greater_is_better), c.parameters, order[id(c)]))
+
+
+def choose(
+    reference: Candidate, candidates: Sequence[Candidate], greater_is_better: bool, tolerance: float
+) -> Candidate:
+    """The best candidate that is worse than the unpruned adapter by at most `tolerance`, or that adapter itself."""
+    least = _goodness(reference.metric, greater_is_better) - tolerance
+    # A candidate without a finite metric is no choice, even if the unpruned adapter has none either.
+    good = [c for c in candidates if -math.inf < _goodness(c.metric, greater_is_better) >= least]
+    return ranked(good, greater_is_better)[0] if good else reference
+
+
+def _goodness(metric: Optional[float], greater_is_better: bool) -> float:
+    if metric is None or math.isnan(metric):
+        return -math.inf
+    return metric if greater_is_better else -metric

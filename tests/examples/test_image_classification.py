@@ -1,0 +1,677 @@
+"""The image classification example: options and recipes, data, augmentation, metric, training, resuming, pruning."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import pickle
+import re
+import shutil
+import statistics
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+import yaml
+from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
+from PIL import Image as PILImage
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    BeitConfig,
+    CLIPConfig,
+    DeiTConfig,
+    Dinov2Config,
+    SiglipConfig,
+    SwinConfig,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared"
+RECIPES = ROOT / "examples" / "recipes"
+sys.path.insert(0, str(ROOT / "examples"))
+augmentation = importlib.import_module("augmentation")
+script = importlib.import_module("image_classification")
+
+NAMES = ["blue", "green", "red"]
+
+
+def pictures(count: int, seed: int) -> Dataset:
+    """Noise with one bright channel, which is the class."""
+    arrays = np.random.default_rng(seed).integers(0, 100, (count, 18, 22, 3), dtype=np.uint8)
+    labels = [index % 3 for index in range(count)]
+    for array, label in zip(arrays, labels):
+        array[..., 2 - label] += 100
+    features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
+    return Dataset.from_dict({"image": [PILImage.fromarray(a) for a in arrays], "label": labels}, features=features)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny ViT without a head for the task, and its image processor."""
+    folder = tmp_path_factory.mktemp("backbone")
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=16,
+        patch_size=8,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        num_labels=7,
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": 16, "width": 16},
+        "image_mean": [0.4, 0.5, 0.6],
+        "image_std": [0.1, 0.2, 0.3],
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of parquet: 30 images to train on, 12 to test."""
+    folder = tmp_path_factory.mktemp("data")
+    pictures(30, seed=0).to_parquet(folder / "train.parquet")
+    pictures(12, seed=1).to_parquet(folder / "test.parquet")
+    return folder
+
+
+@pytest.fixture
+def options(backbone: Path, data: Path, tmp_path: Path) -> list[str]:
+    return [
+        f"--model={backbone}",
+        f"--dataset={data}",
+        f"--output_dir={tmp_path / 'out'}",
+        "--num_visual_prompts=4",
+        "--num_kv_prompts=2",
+        "--num_segments=4",
+        "--num_train_epochs=2",
+        "--per_device_train_batch_size=8",
+        "--use_cpu",
+        "--disable_tqdm=true",
+    ]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def assert_same(first: Path, second: Path) -> None:
+    one, other = adapter(first), adapter(second)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+# The whole script
+
+
+def test_plain_run(options: list[str], backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    metrics = script.main([*options, "--num_train_epochs=10", "--learning_rate=0.02"])
+    printed = capsys.readouterr().out
+    assert "3 classes; images: 24 train, 12 test, 6 validation" in printed
+    assert "trainable params" in printed
+    assert metrics["eval_accuracy"] == metrics["test_accuracy"] == 1, "three colours are easily told apart"
+    prompts = 2 * 4 * 32 + 2 * 2 * 32
+    assert metrics["trainable_parameters"] == prompts + 3 * 32 + 3
+    for split in ("train", "eval", "test"):
+        assert (out / f"{split}_results.json").exists()
+    assert json.loads((out / "all_results.json").read_text()).items() >= metrics.items()
+    assert {name.split(".")[-2] for name in adapter(out) if "classifier" in name} == {"classifier"}
+    assert json.loads((out / "preprocessor_config.json").read_text())["image_mean"] == [0.4, 0.5, 0.6]
+    assert AutoConfig.from_pretrained(out).id2label == dict(enumerate(NAMES))
+    card = (out / "README.md").read_text()
+    assert str(backbone) in card and "Accuracy: 1.0" in card and "- e2vpt\n" in card
+
+    again = script.main([*options, "--do_train=false", f"--adapter={out}", f"--output_dir={tmp_path / 'again'}"])
+    for name in ("eval_accuracy", "eval_loss", "test_accuracy", "test_loss"):
+        assert again[name] == pytest.approx(metrics[name], rel=1e-6), name
+
+
+def test_the_same_seed_gives_the_same_adapter(options: list[str], tmp_path: Path) -> None:
+    augmented = [*options, "--augmentation=resized_crop", "--horizontal_flip"]
+    for name, seed in (("first", 3), ("again", 3), ("other", 4)):
+        script.main([*augmented, f"--output_dir={tmp_path / name}", f"--seed={seed}"])
+    assert_same(tmp_path / "first", tmp_path / "again")
+    first, other = adapter(tmp_path / "first"), adapter(tmp_path / "other")
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_resumed_run_equals_uninterrupted_run(options: list[str], tmp_path: Path) -> None:
+    full, killed = tmp_path / "full", tmp_path / "killed"
+    augmented = [*options, "--augmentation=crop", "--horizontal_flip", "--num_train_epochs=4", "--save_total_limit=9"]
+    resume = "--resume_from_checkpoint=true"
+    metrics = script.main([*augmented, f"--output_dir={full}", resume])  # nothing is there to go on from
+    steps = sorted(int(path.name.split("-")[1]) for path in full.glob("checkpoint-*"))
+    assert steps == [3, 6, 9, 12]
+    killed.mkdir()
+    shutil.copytree(full / "checkpoint-6", killed / "checkpoint-6")
+    resumed = script.main([*augmented, f"--output_dir={killed}", resume])
+    assert_same(full, killed)
+    assert resumed["test_loss"] == metrics["test_loss"]
+    named = script.main([*augmented, f"--output_dir={killed}", f"--resume_from_checkpoint={full / 'checkpoint-9'}"])
+    assert named["test_loss"] == metrics["test_loss"]
+
+
+PRUNE = ["--prune", "--token_rates", "0.5", "--segment_rates", "0", "0.5"]
+
+
+def test_pruning_run(options: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    metrics = script.main([*options, *PRUNE, "--tolerance=1", "--importance=removal"])
+    assert metrics["pruning_visual_prompts"] == 2, "any candidate is within a tolerance of 1"
+    assert metrics["trainable_parameters"] < 2 * 4 * 32 + 2 * 2 * 32 + 99
+    results = json.loads((out / "pruning_results.json").read_text())
+    assert results["metric"] == "eval_accuracy"
+    assert len(results["candidates"]) == 3
+    stored = sum(value.numel() for value in adapter(out).values())
+    assert stored == metrics["trainable_parameters"]
+    again = script.main([*options, "--do_train=false", f"--adapter={out}", f"--output_dir={tmp_path / 'again'}"])
+    assert again["test_loss"] == pytest.approx(metrics["test_loss"], rel=1e-6)
+
+    before = adapter(out)
+    state = (out / "pruning_state" / "state.json").read_text()
+    script.main([*options, *PRUNE, "--tolerance=1", "--importance=removal", "--resume_from_checkpoint=true"])
+    assert (out / "pruning_state" / "state.json").read_text() == state, "finished candidates are trained again"
+    assert all(torch.equal(value, before[name]) for name, value in adapter(out).items())
+
+
+def test_final_training_on_all_images(
+    options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+    train = Trainer.train
+
+    def record(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        seen.append((type(self).__name__, len(self.train_dataset), len(self.eval_dataset)))
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "train", record)
+    metrics = script.main([*options, "--train_on_validation"])
+    assert seen == [("Trainer", 30, 12)]
+    assert "test_accuracy" in metrics and "eval_accuracy" not in metrics
+
+    seen.clear()
+    metrics = script.main([*options, *PRUNE, "--train_on_validation", "--num_train_epochs=1"])
+    assert {name for name, *_ in seen} == {"E2VPTTrainer"}
+    assert [sizes for _, *sizes in seen] == [[24, 6]] * 3 + [[30, 6]]
+    assert "test_accuracy" in metrics and "eval_accuracy" not in metrics
+
+
+def test_push_to_hub_is_trainers_own(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed = []
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None: None)
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, folder: None)
+    monkeypatch.setattr(Trainer, "push_to_hub", lambda self, *args, **kwargs: pushed.append(kwargs))
+    script.main([*options, "--push_to_hub", "--hub_model_id=someone/adapter"])
+    # The first comes from Trainer.save_model.
+    assert pushed[-1]["tasks"] == "image-classification"
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+# Options and recipes
+
+
+def test_options_are_those_of_the_config_classes(tmp_path: Path) -> None:
+    args = script.parse(
+        [
+            f"--output_dir={tmp_path}",
+            "--visual_prompt_depth=shallow",
+            "--layers_to_transform",
+            "0",
+            "2",
+            "--modules_to_save",
+            "classifier",
+            "norm",
+            "--search=halving",
+            "--no_share_kv_prompts",
+        ]
+    )
+    assert args.prompts.visual_prompt_depth == "shallow"
+    assert args.prompts.layers_to_transform == [0, 2]
+    assert args.prompts.modules_to_save == ["classifier", "norm"]
+    assert args.prompts.share_kv_prompts is False
+    assert args.prompts.prompt_dropout == 0.1
+    assert not args.pruning.prune and args.pruning.search == "halving"
+    assert args.pruning.token_rates == pytest.approx([tenth / 10 for tenth in range(1, 10)])
+    assert isinstance(args.training, TrainingArguments) and args.training.learning_rate == 5e-3
+    assert args.training.do_train and args.training.do_eval and args.training.do_predict
+
+
+def test_help_lists_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        script.parse(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    for option in ("--model", "--dataset", "--num_segments", "--token_rates", "--push_to_hub", "--optim_args"):
+        assert option in printed
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json"])
+def test_recipe_and_overriding_flags(tmp_path: Path, suffix: str) -> None:
+    recipe = {
+        "output_dir": str(tmp_path / "out"),
+        "num_visual_prompts": 3,
+        "target_modules": ["attention"],
+        "token_rates": [0.25],
+        "horizontal_flip": True,
+        "seed": 5,
+    }
+    path = tmp_path / f"recipe{suffix}"
+    if suffix == ".json":
+        path.write_text(json.dumps({**recipe, "learning_rate": 0.02}))
+    else:
+        path.write_text(yaml.safe_dump(recipe) + "learning_rate: 2e-2\n")  # a string to YAML
+    args = script.parse([str(path)])
+    assert args.training.learning_rate == 0.02
+    assert (args.training.seed, args.prompts.num_visual_prompts, args.data.horizontal_flip) == (5, 3, True)
+    assert args.prompts.target_modules == ["attention"] and args.pruning.token_rates == [0.25]
+    args = script.parse([str(path), "--seed=6", "--horizontal_flip=false", "--learning_rate=0.5"])
+    assert (args.training.seed, args.training.learning_rate, args.data.horizontal_flip) == (6, 0.5, False)
+    assert args.prompts.num_visual_prompts == 3
+
+
+def test_run_from_a_recipe(options: list[str], tmp_path: Path) -> None:
+    recipe = dict(option.removeprefix("--").split("=") for option in options if "=" in option)
+    recipe["num_visual_prompts"] = 1
+    (tmp_path / "recipe.json").write_text(json.dumps({**recipe, "use_cpu": True}))
+    metrics = script.main([str(tmp_path / "recipe.json"), "--num_train_epochs=1"])
+    assert metrics["epoch"] == 1
+    assert metrics["trainable_parameters"] == 2 * 1 * 32 + 2 * 2 * 32 + 3 * 32 + 3
+
+
+def test_mistakes_in_recipes(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("num_visual_prompt: 3\n")
+    with pytest.raises(ValueError, match="no option 'num_visual_prompt'; 'num_visual_prompts' is meant"):
+        script.parse([str(path)])
+    path.write_text("- 3\n")
+    with pytest.raises(ValueError, match="must map options to values"):
+        script.parse([str(path)])
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_recipes_have_options_that_there_are(recipe: Path, tmp_path: Path) -> None:
+    args = script.parse([str(recipe), f"--output_dir={tmp_path}"])
+    script.settle(args)
+    for name, value in yaml.safe_load(recipe.read_text()).items():
+        (group,) = (group for group in args if hasattr(group, name))
+        if name not in ("output_dir", "learning_rate", "optim"):
+            assert getattr(group, name) == value, name
+
+
+@pytest.mark.parametrize(("recipe", "batch"), [("vtab.yaml", 64), ("fgvc.yaml", 128)])
+def test_papers_optimiser(recipe: str, batch: int, backbone: Path, data: Path, tmp_path: Path) -> None:
+    """SGD with momentum, 10 of 100 epochs of warm-up, cosine, no decay on the head's bias, lr by the batch size."""
+    args = script.parse(
+        [
+            str(RECIPES / recipe),
+            f"--model={backbone}",
+            f"--dataset={data}",
+            f"--output_dir={tmp_path}",
+            "--base_learning_rate=2.5",
+            "--weight_decay=0.01",
+            "--num_segments=4",
+            "--use_cpu",
+        ]
+    )
+    script.settle(args)
+    assert args.training.learning_rate == pytest.approx(2.5 * batch / 256)
+    splits = script.load_splits(args.data)
+    model = script.adapt(
+        script.load_backbone(args.model, splits["train"].features["label"]), args.model, args.prompts, True
+    )
+    trainer = script.make_trainer(args, model, script.load_processor(args.model, args.data), splits, dict)
+    trainer.create_optimizer_and_scheduler(num_training_steps=1000)
+    assert type(trainer.optimizer) is torch.optim.SGD
+    with_decay, without = trainer.optimizer.param_groups
+    assert with_decay["momentum"] == without["momentum"] == 0.9
+    assert (with_decay["weight_decay"], without["weight_decay"]) == (0.01, 0)
+    assert [tuple(parameter.shape) for parameter in without["params"]] == [(3,)], "the head's bias, and nothing else"
+    rates = []
+    for _ in range(1000):
+        rates.append(trainer.lr_scheduler.get_last_lr()[0] / args.training.learning_rate)
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert rates[0] == 0 and rates[50] == pytest.approx(0.5) and rates[100] == 1
+    assert rates[550] == pytest.approx(0.5) and rates[999] == pytest.approx(0, abs=1e-5)
+    assert args.training.max_grad_norm == 0
+
+
+def test_papers_settings() -> None:
+    settings = json.loads((RECIPES / "paper_settings.json").read_text())
+    tasks = settings["tasks"]
+    assert len(tasks) == 19 + 5
+    for group in ("natural", "specialized", "structured"):
+        mean = statistics.mean(task["accuracy"] for task in tasks.values() if task["group"] == group)
+        assert mean == pytest.approx(settings["mean_accuracy"][group], abs=0.011)
+    assert Counter(task["group"] for task in tasks.values()) == {
+        "natural": 7,
+        "specialized": 4,
+        "structured": 8,
+        "fgvc": 5,
+    }
+    assert len(settings["grid"]["base_learning_rate"]) == 10 and len(settings["grid"]["weight_decay"]) == 4
+    options = script.names_of(
+        script.ModelArguments, script.DataArguments, script.PromptArguments, script.PruningArguments, TrainingArguments
+    )
+    names = [*settings["grid"], *settings["pruning"], *settings["final_runs"], "num_visual_prompts", "num_kv_prompts"]
+    assert set(names) <= options
+    assert all((RECIPES / task["recipe"]).exists() for task in tasks.values())
+
+
+# Data
+
+
+def split(**values: Any) -> Any:
+    return script.load_splits(
+        script.DataArguments(**{name: str(v) if isinstance(v, Path) else v for name, v in values.items()})
+    )
+
+
+def pixels(data: Dataset) -> list[bytes]:
+    return [np.asarray(image).tobytes() for image in data["image"]]
+
+
+def test_validation_images_are_split_off(data: Path) -> None:
+    first, again, other = (split(dataset=data, split_seed=seed) for seed in (0, 0, 1))
+    assert {name: len(part) for name, part in first.items()} == {"train": 24, "validation": 6, "test": 12}
+    assert not set(pixels(first["train"])) & set(pixels(first["validation"]))
+    assert Counter(first["validation"]["label"][:]) == {0: 2, 1: 2, 2: 2}
+    assert pixels(first["validation"]) == pixels(again["validation"])
+    assert pixels(first["validation"]) != pixels(other["validation"])
+    few = split(dataset=data, max_train_samples=10, max_eval_samples=5, validation_fraction=0.4)
+    assert {name: len(part) for name, part in few.items()} == {"train": 6, "validation": 4, "test": 5}
+
+
+def test_train_on_validation(data: Path) -> None:
+    splits = split(dataset=data, train_on_validation=True)
+    assert sorted(pixels(splits["train_and_validation"])) == sorted(pixels(load_dataset(str(data))["train"]))
+    with pytest.raises(ValueError, match="there is no test split"):
+        split(dataset=data / "train.parquet", train_on_validation=True)
+
+
+@pytest.mark.parametrize(
+    "layout", ["image folder", "image folder with splits", "parquet file", "splits of other names"]
+)
+def test_own_data(tmp_path: Path, layout: str) -> None:
+    names: dict[str, Any] = {}
+    source = tmp_path / "data"
+    source.mkdir()
+    images = pictures(30, seed=0)
+    if layout.startswith("image folder"):
+        for index, row in enumerate(images):
+            part = ("validation" if index < 9 else "train") if "splits" in layout else ""
+            folder = source / part / NAMES[row["label"]]
+            folder.mkdir(parents=True, exist_ok=True)
+            row["image"].save(folder / f"{index}.png")
+        counts = {"train": 21, "validation": 9} if "splits" in layout else {"train": 24, "validation": 6}
+    elif layout == "parquet file":
+        source = source / "images.parquet"
+        images.to_parquet(source)
+        counts = {"train": 24, "validation": 6}
+    else:
+        # Bytes that are no declared images, labels as text.
+        features = Features({"picture": Image(), "kind": Value("string")})
+        rows = {"picture": images["image"][:], "kind": [NAMES[label] for label in images["label"]]}
+        changed = Dataset.from_dict(rows, features=features)
+        changed.to_parquet(source / "train.parquet")
+        changed.select(range(9)).to_parquet(source / "test.parquet")
+        names = {"validation_split": "test", "image_column": "picture", "label_column": "kind"}
+        counts = {"train": 30, "validation": 9}
+    splits = split(dataset=source, **names)
+    assert {name: len(part) for name, part in splits.items()} == counts
+    for part in splits.values():
+        assert part.column_names == ["image", "label"]
+        assert part.features["label"].names == NAMES
+        for row in part:  # a picture's brightest channel is its class
+            assert 2 - np.asarray(row["image"]).mean((0, 1)).argmax() == row["label"]
+
+
+def test_numbers_as_labels(tmp_path: Path) -> None:
+    """Numbers in their order, wherever they start; the same classes in all splits."""
+    images = pictures(30, seed=0)
+    labels = [(10, 9, 100)[label] for label in images["label"]]
+    features = Features({"image": Image(), "label": Value("int64")})
+    data = Dataset.from_dict({"image": images["image"][:], "label": labels}, features=features)
+    data.to_parquet(tmp_path / "train.parquet")
+    data.filter(lambda row: row["label"] == 100).to_parquet(tmp_path / "test.parquet")
+    splits = split(dataset=tmp_path)
+    assert splits["train"].features["label"].names == ["9", "10", "100"]
+    assert set(splits["test"]["label"][:]) == {2}
+    data.filter(lambda row: row["label"] != 9).to_parquet(tmp_path / "train.parquet")
+    data.to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(ValueError, match="labels 9 are not among"):
+        split(dataset=tmp_path)
+
+
+def test_mistakes_about_data(data: Path) -> None:
+    with pytest.raises(ValueError, match="validation_split='dev' is not there: the splits are"):
+        split(dataset=data, validation_split="dev")
+    with pytest.raises(ValueError, match="label_column='species' is not there: the columns are image, label"):
+        split(dataset=data, label_column="species")
+    for name, value in {"validation_fraction": 1.0, "min_crop_area": 0.0}.items():
+        with pytest.raises(ValueError, match=f"{name}={value}"):
+            script.DataArguments(**{name: value})
+
+
+# Augmentation and preprocessing
+
+
+def processor_of(backbone: Path, **values: Any) -> Any:
+    return script.load_processor(script.ModelArguments(model=str(backbone)), script.DataArguments(**values))
+
+
+def test_mean_and_deviation_are_the_processors(backbone: Path) -> None:
+    image = PILImage.new("RGB", (16, 16), (255, 0, 128))
+    batch = {"image": [image], "label": [1]}
+    for values, mean, deviation in (
+        ({}, [0.4, 0.5, 0.6], [0.1, 0.2, 0.3]),
+        ({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}, [0.5] * 3, [0.25] * 3),
+    ):
+        inputs = script.preprocess(batch, processor_of(backbone, **values), None)
+        assert inputs["labels"] == [1]
+        expected = [(c / 255 - m) / d for c, m, d in zip((255, 0, 128), mean, deviation)]
+        assert inputs["pixel_values"][0, :, 3, 5].tolist() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["none", "resized_crop", "crop"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+def test_every_image_gets_the_models_size(backbone: Path, kind: str, mode: str) -> None:
+    processor = processor_of(backbone)
+    images = [PILImage.new(mode, size) for size in ((16, 16), (5, 40), (300, 7), (1, 1))]
+    for transform in script.make_transforms(script.DataArguments(augmentation=kind), processor):
+        inputs = script.preprocess({"image": images, "label": [0] * 4}, processor, transform, flip=True)
+        assert inputs["pixel_values"].shape == (4, 3, 16, 16)
+
+
+@pytest.mark.parametrize("kind", ["resized_crop", "crop"])
+def test_workers_that_are_spawned_get_the_transforms(backbone: Path, kind: str) -> None:
+    image = noise()
+    for transform in script.make_transforms(script.DataArguments(augmentation=kind), processor_of(backbone)):
+        copied = pickle.loads(pickle.dumps(transform))
+        if transform is not None:
+            results = []
+            for function in (transform, copied):
+                torch.manual_seed(0)
+                results.append(function(image).tobytes())
+            assert results[0] == results[1]
+
+
+def test_size_of_processors_that_crop() -> None:
+    from transformers import CLIPImageProcessor
+
+    assert script.input_size(CLIPImageProcessor(size={"shortest_edge": 40}, crop_size=32)) == (32, 32)
+
+
+def test_crops_of_an_image_of_the_models_own_size_keep_pixels(backbone: Path) -> None:
+    """What the processor resizes is not resized twice, and the middle is the middle."""
+    processor = processor_of(backbone)
+    array = np.random.default_rng(0).integers(0, 256, (18, 18, 3), dtype=np.uint8)
+    image = PILImage.fromarray(array)
+    _, evaluation = script.make_transforms(script.DataArguments(augmentation="crop"), processor)
+    assert np.array_equal(np.asarray(evaluation(image)), array[1:17, 1:17])
+
+
+def noise(width: int = 30, height: int = 20) -> PILImage.Image:
+    return PILImage.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        lambda image, generator: augmentation.random_resized_crop(image, (12, 14), generator=generator),
+        lambda image, generator: augmentation.random_crop(image, (12, 14), generator),
+    ],
+    ids=["random_resized_crop", "random_crop"],
+)
+def test_crops_depend_on_the_seed_alone(augment: Any) -> None:
+    def results(seed: int) -> list[bytes]:
+        generator = torch.Generator().manual_seed(seed)
+        return [augment(noise(), generator).tobytes() for _ in range(8)]
+
+    assert results(0) == results(0) != results(1)
+    assert len(set(results(0))) > 4
+    result = augment(noise(), None)
+    assert (result.width, result.height) == (14, 12)
+    before = torch.get_rng_state()
+    first = augment(noise(), None).tobytes()
+    torch.set_rng_state(before)
+    assert augment(noise(), None).tobytes() == first, "without a generator, torch's global state decides"
+
+
+def test_resized_crop_takes_parts_of_the_asked_area_and_shape() -> None:
+    """An image whose pixels tell where they are: the corners of the result give the box."""
+    x, y = np.meshgrid(np.arange(200), np.arange(200))
+    image = PILImage.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))
+    generator = torch.Generator().manual_seed(0)
+    areas, shapes, places = [], [], []
+    for _ in range(200):
+        crop = augmentation.random_resized_crop(image, (50, 50), (0.25, 0.5), (0.5, 2.0), generator=generator)
+        part = np.asarray(crop).astype(float)
+        width = (part[25, 49, 0] - part[25, 0, 0]) * 50 / 49
+        height = (part[49, 25, 1] - part[0, 25, 1]) * 50 / 49
+        areas.append(width * height / 200**2)
+        shapes.append(math.log(width / height))
+        places.append(part[0, 0, 0])
+    assert 0.23 < min(areas) < 0.28 and 0.45 < max(areas) < 0.53
+    assert -0.75 < min(shapes) < -0.5 and 0.5 < max(shapes) < 0.75
+    assert abs(statistics.mean(shapes)) < 0.1
+    assert min(places) < 10 and max(places) > 60
+
+
+def test_resized_crop_of_a_long_image_is_its_middle() -> None:
+    image = PILImage.new("RGB", (1000, 10))
+    image.paste((255, 255, 255), (490, 0, 510, 10))
+    result = augmentation.random_resized_crop(image, (10, 10), scale=(1.0, 1.0))
+    assert np.asarray(result).mean() == 255
+
+
+def test_flip() -> None:
+    image = noise()
+    assert augmentation.horizontal_flip(image, 0.0) is image
+    flipped = np.asarray(augmentation.horizontal_flip(image, 1.0))
+    assert np.array_equal(flipped, np.asarray(image)[:, ::-1])
+    generator = torch.Generator().manual_seed(0)
+    share = statistics.mean(augmentation.horizontal_flip(image, 0.3, generator) is not image for _ in range(500))
+    assert 0.24 < share < 0.36
+
+
+# Metric and head
+
+
+def test_metric_equals_a_hand_computation(tmp_path: Path) -> None:
+    metric = evaluate.load(script.DataArguments().metric)
+    assert metric.name == "accuracy"
+    assert metric.compute(predictions=[0, 1, 2, 2, 1], references=[0, 1, 1, 2, 0]) == {"accuracy": 3 / 5}
+    assert metric.compute(predictions=[0, 1], references=[0, 0], normalize=False) == {"accuracy": 1}
+    weighted = metric.compute(predictions=[0, 1], references=[0, 0], sample_weight=[3.0, 1.0])
+    assert weighted == {"accuracy": 0.75}
+    compute = script.make_compute_metrics(script.DataArguments().metric)
+    logits = np.array([[2.0, 1.0], [0.0, 5.0], [1.0, 0.0]])
+    prediction = script.EvalPrediction(predictions=logits, label_ids=np.array([0, 1, 1]))
+    assert compute(prediction) == {"accuracy": pytest.approx(2 / 3)}
+    prediction = script.EvalPrediction(predictions=(logits, logits), label_ids=np.array([0, 1, 1]))
+    assert compute(prediction) == {"accuracy": pytest.approx(2 / 3)}
+
+
+SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("config", "head"),
+    [
+        (ViTConfig(**SMALL), "classifier"),
+        (DeiTConfig(**SMALL, architectures=["DeiTForImageClassification"]), "classifier"),
+        (Dinov2Config(**{**SMALL, "mlp_ratio": 1}), "classifier"),
+        (BeitConfig(**SMALL, out_indices=[1]), "classifier"),
+        (SwinConfig(embed_dim=8, depths=[1, 1], num_heads=[1, 1]), "classifier"),
+        (CLIPConfig(vision_config=SMALL, text_config={**SMALL, "vocab_size": 8}), "classifier"),
+        (SiglipConfig(vision_config=SMALL, text_config={**SMALL, "vocab_size": 8}), "classifier"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_head_is_found(config: Any, head: str) -> None:
+    assert script.head_names(AutoModelForImageClassification.from_config(config)) == [head]
+
+
+# The documentation, and data that is not part of the repository
+
+
+def test_code_in_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    text = (ROOT / "docs" / "image_classification.md").read_text()
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    script.main(["examples/recipes/digits.yaml", "--num_train_epochs=1", "--max_eval_samples=40", "--use_cpu"])
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) >= 3
+    for block in blocks:
+        exec(compile(block, "docs/image_classification.md", "exec"), {})
+    for command in re.findall(r"python examples/image_classification.py ((?:\\\n|[^\n])*)", text):
+        if "{" not in command and "..." not in command:
+            script.parse(command.replace("\\\n", " ").split())
+
+
+@pytest.mark.slow
+def test_digits_recipe(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    metrics = script.main([str(RECIPES / "digits.yaml"), f"--output_dir={tmp_path}"])
+    assert metrics["test_accuracy"] > 0.93
+
+
+@pytest.mark.slow
+def test_real_photographs(tmp_path: Path) -> None:
+    model, flowers = SHARED / "checkpoints" / "vit-tiny-cifar10", SHARED / "data" / "flowers12"
+    if not (model.exists() and flowers.exists()):
+        pytest.skip(f"{SHARED} is not there")
+    metrics = script.main(
+        [
+            str(RECIPES / "fgvc.yaml"),
+            f"--model={model}",
+            f"--dataset={flowers}",
+            f"--output_dir={tmp_path}",
+            "--max_train_samples=60",
+            "--max_eval_samples=24",
+            "--num_train_epochs=1",
+            "--per_device_train_batch_size=16",
+            "--dataloader_num_workers=0",
+        ]
+    )
+    assert 0 <= metrics["test_accuracy"] <= 1

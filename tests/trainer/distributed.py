@@ -1,0 +1,43 @@
+"""A search on several processes: `torchrun --nproc_per_node 2 -m tests.trainer.distributed FOLDER RESUME KILL_AT`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from e2vpt_peft.trainer.snapshot import take_snapshot
+
+from .interrupted import Events
+from .toy import adapted, make_trainer, pruning
+
+
+def search(folder: str, seed: int, processes: int, events: Events) -> Any:
+    """A trainer whose batches are the same, over all processes, for any number of them."""
+    return make_trainer(
+        folder,
+        model=adapted(seed=seed, prompt_dropout=0.0),  # dropout would differ
+        config=pruning(token_rates=[0.5], segment_rates=[0.0, 0.5]),
+        callbacks=[events],
+        save_strategy="epoch",
+        ddp_backend="gloo" if processes > 1 else None,
+        per_device_train_batch_size=8 // processes,
+        per_device_eval_batch_size=8 // processes,
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    target, resume, kill_at = sys.argv[1:]
+    rank = int(os.environ["RANK"])
+    kill = Events(float(kill_at), lambda: os.kill(os.getpid(), signal.SIGKILL))
+    trainer = search(target, 7 * int(resume), 2, kill)
+    assert trainer.args.world_size == 2
+    trainer.train(resume_from_checkpoint=bool(int(resume)))
+    trainer.save_model(str(Path(target) / "result"))
+    save_file(take_snapshot(trainer.model, "default"), Path(target) / f"rank{rank}.safetensors")

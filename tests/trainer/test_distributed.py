@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from ..models import images, tiny_vit
+from .distributed import search
+from .interrupted import Events
+
+pytestmark = pytest.mark.slow
+
+
+def launch(folder, resume=False, kill_at="inf"):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    script = ["-m", "tests.trainer.distributed", str(folder), str(int(resume)), kill_at]
+    root = Path(__file__).parents[2]
+    return subprocess.run([*command, *script], cwd=root, capture_output=True, text=True, timeout=300)
+
+
+def same(first, second, tolerance):
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=tolerance)
+
+
+def test_two_processes_do_what_one_does_and_go_on_after_being_killed(tmp_path):
+    one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
+    search(str(one), 0, 1, Events(float("inf"), lambda: None)).train()
+    process = launch(two)
+    assert process.returncode == 0, process.stderr
+    for phase in ("tune", "scores", "candidate-1", "candidate-2"):
+        file = f"pruning_state/{phase}.safetensors"
+        same(load_file(two / file), load_file(one / file), 1e-5)
+    ranks = [load_file(two / f"rank{rank}.safetensors") for rank in (0, 1)]
+    same(*ranks, 0)
+    results = json.loads((two / "pruning_results.json").read_text())
+    assert results["best"] == json.loads((one / "pruning_results.json").read_text())["best"]
+    assert not list(two.rglob("*.tmp"))
+
+    loaded = PeftModel.from_pretrained(tiny_vit(num_hidden_layers=2), two / "result").eval()
+    assert loaded(pixel_values=images()).logits.isfinite().all()
+    assert sum(loaded.peft_config["default"].token_mask or [True] * 4) == int(ranks[0]["token_mask"].sum())
+
+    assert launch(killed, kill_at="18").returncode != 0  # in the second epoch of the first candidate
+    records = json.loads((killed / "pruning_state" / "state.json").read_text())["records"]
+    assert "tune" in records and "candidate-1" not in records
+    process = launch(killed, resume=True)
+    assert process.returncode == 0, process.stderr
+    assert json.loads((killed / "pruning_results.json").read_text()) == results
+    same(load_file(killed / "rank1.safetensors"), ranks[0], 1e-6)
