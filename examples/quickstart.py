@@ -162,7 +162,8 @@ def make_trainer(model: torch.nn.Module, args: QuickstartArguments, train: Datas
     head = [parameter for name, parameter in trainable.items() if HEAD in name]
     prompts = [parameter for name, parameter in trainable.items() if HEAD not in name]
     groups = [{"params": head, "lr": args.head_learning_rate}, {"params": prompts, "lr": args.learning_rate}]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=1e-4)
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, weight_decay=1e-4) if groups else None  # a loaded adapter is not trained
     training_args = TrainingArguments(
         output_dir=args.output_dir,
         num_train_epochs=args.epochs,
