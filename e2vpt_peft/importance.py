@@ -102,7 +102,7 @@ def score_prompts(
             if max_batches is not None and number >= max_batches:
                 break
             token_scores, segment_scores = SCORING_METHODS[method](_Probe(model, layers, name, _as_dict(model, batch)))
-            total += torch.cat([token_scores, segment_scores.flatten(), torch.ones(1)]).double().cpu()
+            total += torch.cat([token_scores, segment_scores.flatten(), torch.ones(1)]).detach().double().cpu()
     total = reduce(total.to(PartialState().device), reduction="sum").cpu()
     if total[-1] == 0:
         raise ValueError("dataloader gave no batch: there is nothing to score prompts on.")

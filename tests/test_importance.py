@@ -40,6 +40,8 @@ def test_scores_have_the_documented_shapes_and_types(method, shallow):
     assert (scores.tokens.shape, scores.segments.shape) == ((4,), (4, 8))
     assert scores.tokens.dtype == scores.segments.dtype == torch.float64
     assert scores.method == method
+    assert not scores.tokens.requires_grad
+    assert not scores.segments.requires_grad
     assert scores.tokens.any()
     assert scores.segments.any()
 
