@@ -164,7 +164,7 @@ class E2VPTConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = E2VPTType.E2VPT
         for name in ("num_visual_prompts", "num_kv_prompts"):
-            _check_integer(name, getattr(self, name), at_least=0)
+            check_integer(name, getattr(self, name), at_least=0)
         if self.num_visual_prompts == 0 and self.num_kv_prompts == 0:
             raise ValueError(
                 "num_visual_prompts=0 and num_kv_prompts=0 leave nothing to train: at least one must be 1 or more."
@@ -175,7 +175,7 @@ class E2VPTConfig(PeftConfig):
             raise TypeError(f"share_kv_prompts={self.share_kv_prompts!r} must be True or False.")
         for name in ("prompt_dropout", "kv_prompt_dropout"):
             _check_probability(name, getattr(self, name))
-        _check_integer("num_segments", self.num_segments, at_least=1)
+        check_integer("num_segments", self.num_segments, at_least=1)
         if self.token_mask is not None:
             _check_mask("token_mask", self.token_mask, [self.num_visual_prompts])
         if self.segment_mask is not None:
@@ -195,7 +195,8 @@ class E2VPTConfig(PeftConfig):
             raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, which is not given.")
 
 
-def _check_integer(name: str, value: Any, at_least: int) -> None:
+def check_integer(name: str, value: Any, at_least: int) -> None:
+    """Refuse what is no integer of at least that size, with the name of the field."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}={value!r} must be an integer, {at_least} or more.")
     if value < at_least:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+from ..config import check_integer
 from ..importance import SCORING_METHODS
 
 
@@ -158,9 +159,5 @@ def _one_of(name: str, value: Any, allowed: list[str]) -> None:
 
 
 def _integer(name: str, value: Any, at_least: int, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} must be an integer, {at_least} or more.")
-    if value < at_least:
-        raise ValueError(f"{name}={value!r} must be {at_least} or more.")
+    if not (optional and value is None):
+        check_integer(name, value, at_least)
