@@ -11,6 +11,7 @@ from .model import E2VPTModel
 from .peft_type import E2VPTType, register_with_peft
 from .pruning import PruningSummary, prune_prompts, rewind_prompts
 from .trainer import E2VPTTrainer, PruningArguments, PruningConfig
+from .verification import check_prefix
 from .version import __version__
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "PruningConfig",
     "PruningSummary",
     "__version__",
+    "check_prefix",
     "prune_prompts",
     "rewind_prompts",
     "score_prompts",
