@@ -61,6 +61,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "siglip2_vision_model": Architecture("encoder.layers.N.self_attn", "layer_norm1", 0),
     "siglip_vision_model": Architecture("encoder.layers.N.self_attn", "layer_norm1", 0),
     "swin": Architecture("encoder.layers.N.blocks.N.attention", "layernorm_before", None),
+    "timm": Architecture("blocks.N.attn", "norm1", None),
     "videomae": Architecture("encoder.layer.N.attention.attention", "layernorm_before", 0),
     "vit": Architecture("layers.N.attention", "layernorm_before", 1),
     "vit_mae": Architecture("layers.N.attention", "layernorm_before", 1),
@@ -75,7 +76,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "yolos": Architecture("encoder.layer.N.attention.attention", "layernorm_before", None),
 }
-"""Architectures with ready-made targets, by the `model_type` of the config that their attention modules have."""
+"""Architectures with ready-made targets, by the `model_type` of the config that their attention modules have, or by
+their package, where these have no config."""
 
 MODALITIES = ("vision", "audio", "text")
 
@@ -166,7 +168,8 @@ def explain_no_default_targets(model: nn.Module) -> str:
 
 def architecture_of(attention: nn.Module) -> Optional[Architecture]:
     """What is known about the architecture that an attention module, adapted or not, belongs to."""
-    return ARCHITECTURES.get(getattr(getattr(attention, "config", None), "model_type", ""))
+    package = type(getattr(attention, "base_layer", attention)).__module__.partition(".")[0]
+    return ARCHITECTURES.get(getattr(getattr(attention, "config", None), "model_type", package))
 
 
 def _pattern(names: str) -> str:
@@ -213,6 +216,16 @@ def find_attention_site(
     num_heads = _first_attribute(attention, NUM_HEADS)
     if key is None or value is None or not (head_size or num_heads):
         raise ValueError(refusal + "which has no key and value projections, or no head size, by a known name.")
+    if not getattr(attention, "fused_attn", True):
+        raise ValueError(
+            refusal
+            + "which has fused_attn=False, by which it multiplies its matrices by hand. Set it to True, or call "
+            "timm.layers.set_fused_attn(True) before the model is made."
+        )
+    if fused and getattr(attention, "q_bias", None) is not None:
+        raise ValueError(
+            refusal + f"which adds the bias of its projection '{fused}' by itself: that is not supported."
+        )
     if eager_attention is not None and not hasattr(attention, "config"):
         raise ValueError(refusal + "which has no config.")
     key_norm = _first_attribute(attention, KEY_NORMS)

@@ -58,6 +58,10 @@ def check_prefix(model: nn.Module, inputs: Mapping[str, Any], *, tolerance: floa
             outputs = _outputs(model, inputs)
         with _all(_tokens_inserted(layer, adapter_name) for layer in layers):
             expected = _outputs(model, inputs)
+    except RuntimeError as error:
+        raise ValueError(
+            f"No tokens can be inserted into the attentions of this model to compare with: {error}"
+        ) from error
     finally:
         for module, training in modes.items():
             module.training = training
