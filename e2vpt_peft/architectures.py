@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Optional
 from torch import nn
 
 from .attention import eager_attention_of
-from .interception import calls_sdpa
+from .interception import ProductsMode, SdpaMode, calls_sdpa
 
 
 class Architecture(NamedTuple):
@@ -27,6 +27,9 @@ class Architecture(NamedTuple):
             inserted, because there are windows, or positions that belong to the layers.
         more_special_tokens (`str`): The field of the model's config that has the number of further special tokens.
         modality (`"vision"`, `"audio"` or `"text"`): In models with several towers, the first of these is adapted.
+        written_out (`bool`):
+            Whether its attention may be written out as products and a softmax, in a way that
+            [`~e2vpt_peft.interception.ProductsMode`] follows.
     """
 
     attention: str
@@ -34,6 +37,7 @@ class Architecture(NamedTuple):
     special_tokens: Optional[int]
     more_special_tokens: str = ""
     modality: Literal["vision", "audio", "text"] = "vision"
+    written_out: bool = False
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -42,7 +46,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "beit": Architecture("layers.N.attention", "layernorm_before", None),
     "bert": Architecture("encoder.layer.N.attention.self", "none", 1, modality="text"),
     "clip_vision_model": Architecture("encoder.layers.N.self_attn", "layer_norm1", 1),
-    "data2vec-vision": Architecture("encoder.layer.N.attention.attention", "layernorm_before", None),
+    "data2vec-vision": Architecture("encoder.layer.N.attention.attention", "layernorm_before", None, written_out=True),
     "deit": Architecture("layers.N.attention", "layernorm_before", 2),
     "dinov2": Architecture("encoder.layer.N.attention", "norm1", 1),
     "dinov2_with_registers": Architecture("encoder.layer.N.attention", "norm1", 1, "num_register_tokens"),
@@ -61,7 +65,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "siglip2_vision_model": Architecture("encoder.layers.N.self_attn", "layer_norm1", 0),
     "siglip_vision_model": Architecture("encoder.layers.N.self_attn", "layer_norm1", 0),
     "swin": Architecture("encoder.layers.N.blocks.N.attention", "layernorm_before", None),
-    "timm": Architecture("blocks.N.attn", "norm1", None),
+    "swinv2": Architecture("encoder.layers.N.blocks.N.attention.self", "none", None, written_out=True),
+    "timm": Architecture("blocks.N.attn", "norm1", None, written_out=True),
     "videomae": Architecture("encoder.layer.N.attention.attention", "layernorm_before", 0),
     "vit": Architecture("layers.N.attention", "layernorm_before", 1),
     "vit_mae": Architecture("layers.N.attention", "layernorm_before", 1),
@@ -76,8 +81,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "yolos": Architecture("encoder.layer.N.attention.attention", "layernorm_before", None),
 }
-"""Architectures with ready-made targets, by the `model_type` of the config that their attention modules have, or by
-their package, where these have no config."""
+"""Architectures with ready-made targets, by the `model_type` of the config of their attention modules, or, where those
+have no config, by the package that they are from."""
 
 MODALITIES = ("vision", "audio", "text")
 
@@ -98,8 +103,8 @@ class AttentionSite(NamedTuple):
 
     Attributes:
         eager_attention (`Optional[Callable]`):
-            The eager attention function of its architecture, or `None` if it calls PyTorch's
-            `scaled_dot_product_attention` itself, past transformers' attention interface.
+            The eager attention function of its architecture, if it goes through transformers' attention interface.
+        interception (`Optional[type]`): Else, the mode of [`~e2vpt_peft.interception`] by which a prefix is put in.
         key_projection, value_projection (`str`):
             Attributes of the attention; the same one if it projects queries, keys and values in one.
         key_norm (`Optional[str]`): The attribute that normalises projected keys, if there is one.
@@ -112,6 +117,7 @@ class AttentionSite(NamedTuple):
     """
 
     eager_attention: Optional[Callable[..., Any]]
+    interception: Optional[type[SdpaMode | ProductsMode]]
     key_projection: str
     value_projection: str
     key_norm: Optional[str]
@@ -168,7 +174,8 @@ def explain_no_default_targets(model: nn.Module) -> str:
 
 def architecture_of(attention: nn.Module) -> Optional[Architecture]:
     """What is known about the architecture that an attention module, adapted or not, belongs to."""
-    package = type(getattr(attention, "base_layer", attention)).__module__.partition(".")[0]
+    path = type(getattr(attention, "base_layer", attention)).__module__.split(".")
+    package = path[2] if path[:2] == ["transformers", "models"] else path[0]
     return ARCHITECTURES.get(getattr(getattr(attention, "config", None), "model_type", package))
 
 
@@ -195,13 +202,15 @@ def find_attention_site(
     """
     attention = model.get_submodule(name)
     refusal = f"target_modules matches '{name}' ({type(attention).__name__}), "
+    architecture = architecture_of(attention)
     eager_attention = eager_attention_of(attention)
-    if eager_attention is None and not calls_sdpa(attention):
+    interception = None if eager_attention is not None else _interception_of(attention, architecture)
+    if eager_attention is None and interception is None:
         raise ValueError(
             refusal + "which is no self-attention that calls transformers' attention interface or PyTorch's "
             "scaled_dot_product_attention. Name the attention modules themselves, for example "
-            "target_modules=['attention'] for ViT. Attention that multiplies its matrices by hand cannot be adapted; "
-            "where a model chooses its attention when it is made, load it with attn_implementation='sdpa'."
+            "target_modules=['attention'] for ViT. Attention that multiplies its matrices by hand cannot be adapted "
+            "where the package does not know how it does that."
         )
     inputs = inspect.signature(type(attention).forward).parameters.keys()
     if inputs & CROSS_ATTENTION_INPUTS:
@@ -216,12 +225,6 @@ def find_attention_site(
     num_heads = _first_attribute(attention, NUM_HEADS)
     if key is None or value is None or not (head_size or num_heads):
         raise ValueError(refusal + "which has no key and value projections, or no head size, by a known name.")
-    if not getattr(attention, "fused_attn", True):
-        raise ValueError(
-            refusal
-            + "which has fused_attn=False, by which it multiplies its matrices by hand. Set it to True, or call "
-            "timm.layers.set_fused_attn(True) before the model is made."
-        )
     if fused and getattr(attention, "q_bias", None) is not None:
         raise ValueError(
             refusal + f"which adds the bias of its projection '{fused}' by itself: that is not supported."
@@ -230,11 +233,10 @@ def find_attention_site(
         raise ValueError(refusal + "which has no config.")
     key_norm = _first_attribute(attention, KEY_NORMS)
 
-    config: Any = getattr(attention, "config", None)
+    config: Any = getattr(attention, "config", getattr(model, "config", None))
     projection: Any = getattr(attention, key)
     width = projection.out_features // (3 if fused else 1)
     heads = width // getattr(attention, head_size) if head_size else getattr(attention, num_heads or "")
-    architecture = architecture_of(attention)
     owner, norm_name = _find_norm(model, name, attention_norm, architecture, refusal)
     special_tokens: Optional[int] = 0
     if num_special_tokens is not None:
@@ -245,6 +247,7 @@ def find_attention_site(
             special_tokens += getattr(config, architecture.more_special_tokens)
     return AttentionSite(
         eager_attention=eager_attention,
+        interception=interception,
         key_projection=key,
         value_projection=value,
         key_norm=key_norm if isinstance(getattr(attention, key_norm or "", None), nn.Module) else None,
@@ -256,6 +259,14 @@ def find_attention_site(
         patch_fan_in=_patch_fan_in(config, projection.in_features),
         num_special_tokens=special_tokens,
     )
+
+
+def _interception_of(
+    attention: nn.Module, architecture: Optional[Architecture]
+) -> Optional[type[SdpaMode | ProductsMode]]:
+    if calls_sdpa(attention) and getattr(attention, "fused_attn", True):  # which is timm's switch
+        return SdpaMode
+    return ProductsMode if architecture is not None and architecture.written_out else None
 
 
 def _first_attribute(module: nn.Module, names: tuple[str, ...]) -> Optional[str]:

@@ -16,7 +16,6 @@ from .architectures import AttentionSite
 from .attention import Prefix, PrefixedConfig
 from .config import E2VPTConfig
 from .heads import RoutedModulesToSave
-from .interception import PrefixMode
 from .masks import kept_components, token_mask
 from .routing import current_route, route_samples
 
@@ -360,8 +359,8 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         raise ValueError(CANNOT_MERGE)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.site.eager_attention is None and self.has_prefix:
-            with PrefixMode(self):
+        if self.site.interception is not None and self.has_prefix:
+            with self.site.interception(self):
                 return self.base_layer(*args, **kwargs)
         return self.base_layer(*args, **kwargs)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from .models import SIZES, images, prompt_parameters, randomized, tiny_vit
 from .zoo import HEADS, ZOO
 
 PROMPTS = {"num_visual_prompts": 3, "num_kv_prompts": 2, "num_segments": 4}
-DEPTHS = {"modernbert": 4, "dpt": 4, "swin": 3}
+DEPTHS = {"modernbert": 4, "dpt": 4, "swin": 3, "swinv2": 3}
 NO_TOKENS = {name for name, architecture in ARCHITECTURES.items() if architecture.special_tokens is None}
 
 all_architectures = pytest.mark.parametrize("name", ZOO)
@@ -26,10 +27,8 @@ both_attentions = pytest.mark.parametrize("attention", ["eager", "sdpa"])
 
 
 def make(name, attention="sdpa"):
-    if name == "data2vec-vision" and attention == "eager":
-        pytest.skip("refused, see test_what_cannot_be_adapted_is_refused...")
-    if "upernet" in name:
-        attention = "eager"  # the only one that transformers lets it have
+    if "upernet" in name or name == "swinv2":
+        attention = "eager"  # the only one that transformers lets them have
     return {**ZOO, **HEADS}[name].make(attention=attention)
 
 
@@ -102,35 +101,72 @@ def test_a_prefix_equals_inserted_tokens(name, attention):
     assert_close(actual, expected)
 
 
-@both_attentions
+@pytest.mark.parametrize(("name", "attention"), [("swin", "eager"), ("swin", "sdpa"), ("swinv2", "eager")])
 @torch.no_grad()
-def test_swin_prompts_join_every_window(attention):
+def test_swin_prompts_join_every_window(name, attention):
     """Each window, shifted ones included, attends to [normed prompts ; window], by the equations."""
-    model, reference = (adapt(make("swin", attention), num_kv_prompts=0) for _ in range(2))
-    for name, layer in adapted_layers(model).items():
-        block = transformer_layer(reference, name)
-        block.attention = WindowsByHand(block, layer.e2vpt_visual_prompts["default"])
-    assert_close(tensors(model(**inputs("swin"))), tensors(reference(**inputs("swin"))))
+    model, reference = (adapt(make(name, attention), share_kv_prompts=False) for _ in range(2))
+    for at, layer in adapted_layers(model).items():
+        parent = reference.get_submodule(at.rpartition(".")[0])
+        prompts, kv_prompts = layer.e2vpt_visual_prompts["default"], layer.e2vpt_kv_prompts["default"]
+        if name == "swin":
+            parent.attention = SwinByHand(parent.attention.base_layer, parent.layernorm_before(prompts), kv_prompts)
+        else:
+            parent.self = Swinv2ByHand(parent.self.base_layer, prompts, kv_prompts)
+    assert_close(tensors(model(**inputs(name))), tensors(reference(**inputs(name))))
     assert any(getattr(block, "shift_size", 0) for block in reference.modules())
 
 
-class WindowsByHand(nn.Module):
-    def __init__(self, block, prompts):
+class SwinByHand(nn.Module):
+    projections = ("q_proj", "k_proj", "v_proj")
+
+    def __init__(self, bare, prompts, kv_prompts):
         super().__init__()
-        self.bare, self.norm, self.prompts = block.attention.base_layer, [block.layernorm_before], prompts
+        self.bare, self.prompts, self.kv_prompts = bare, prompts, kv_prompts
+
+    def scores(self, q, k):
+        return q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+
+    def bias(self):
+        return self.bare.relative_position_bias()
 
     def forward(self, windows, mask=None, **kwargs):
-        bare, count = self.bare, len(self.prompts)
-        states = torch.cat([self.norm[0](self.prompts).expand(len(windows), -1, -1), windows], 1)
+        heads, extra, count = self.kv_prompts.shape[1], self.kv_prompts.shape[2], len(self.prompts)
+        states = torch.cat([self.prompts.expand(len(windows), -1, -1), windows], 1)
         q, k, v = (
-            project(states).unflatten(-1, (-1, bare.head_dim)).transpose(1, 2)
-            for project in (bare.q_proj, bare.k_proj, bare.v_proj)
+            getattr(self.bare, name)(states).unflatten(-1, (heads, -1)).transpose(1, 2) for name in self.projections
         )
-        scores = q @ k.transpose(-1, -2) / bare.head_dim**0.5
-        scores[:, :, count:, count:] += bare.relative_position_bias()
+        k, v = (torch.cat([rows.expand(len(windows), -1, -1, -1), x], 2) for rows, x in zip(self.kv_prompts, (k, v)))
+        scores = self.scores(q, k)
+        own = scores[:, :, count:, count + extra :]
+        own += self.bias()
         if mask is not None:
-            scores.unflatten(0, (-1, len(mask)))[..., count:, count:] += mask[:, None]
-        return bare.o_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)[:, count:]), None
+            own.unflatten(0, (-1, len(mask))).add_(mask[:, None])
+        return self.output((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)[:, count:])
+
+    def output(self, states):
+        return self.bare.o_proj(states), None
+
+
+class Swinv2ByHand(SwinByHand):
+    """With cosine attention. transformers adds the mask twice, and masks with -100."""
+
+    projections = ("query", "key", "value")
+
+    def scores(self, q, k):
+        cosine = nn.functional.normalize(q, dim=-1) @ nn.functional.normalize(k, dim=-1).transpose(-1, -2)
+        return cosine * self.bare.logit_scale.clamp(max=math.log(100)).exp()
+
+    def bias(self):
+        table = self.bare.continuous_position_bias_mlp(self.bare.relative_coords_table).flatten(0, -2)
+        length = math.prod(self.bare.window_size)
+        return 16 * table[self.bare.relative_position_index.flatten()].T.unflatten(-1, (length, length)).sigmoid()
+
+    def forward(self, windows, mask=None, *args, **kwargs):
+        return super().forward(windows, None if mask is None else 2 * mask)
+
+    def output(self, states):
+        return (states,)
 
 
 @shallow_architectures
@@ -148,7 +184,7 @@ def test_shallow_prompts_are_tokens_that_live_through_all_layers(name, attention
     assert_close(tensors(run(model, inputs(name))), expected)
 
 
-@pytest.mark.parametrize("name", sorted(NO_TOKENS))
+@pytest.mark.parametrize("name", sorted(NO_TOKENS & ZOO.keys()))
 def test_shallow_prompts_are_refused_where_no_token_can_be_inserted(name):
     model = make(name)
     with pytest.raises(ValueError, match="visual_prompt_depth='shallow'.*'deep'"):
@@ -235,7 +271,7 @@ def test_what_is_padding_does_not_matter(name, attention, depth):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["swin", "beit", "data2vec-vision", "modernbert", "internvl_vision"])
+@pytest.mark.parametrize("name", ["swin", "swinv2", "beit", "data2vec-vision", "modernbert", "internvl_vision"])
 @torch.no_grad()
 def test_different_adapters_in_one_batch(name):
     model = adapt(make(name))
@@ -348,11 +384,6 @@ SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "i
             ["(BertCrossAttention)", "cross-attention"],
         ),
         (lambda: make("vjepa2"), {"target_modules": ["cross_attn"]}, ["(VJEPA2PoolerCrossAttention)", "cross-att"]),
-        (
-            lambda: ZOO["data2vec-vision"].make(attention="eager"),
-            {},
-            ["(Data2VecVisionSelfAttention)", "by hand", "attn_implementation='sdpa'"],
-        ),
         (
             lambda: t.HieraModel(t.HieraConfig(embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, image_size=[64, 64])),
             {},

@@ -4,9 +4,12 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+
+from e2vpt_peft.interception import ProductsMode
 
 from .models import prompt_parameters
-from .test_architectures import adapt, inputs, make
+from .test_architectures import adapt, adapted_layers, inputs, make
 from .test_verification import Bare
 
 CONFIG = {"target_modules": ["attn"], "num_segments": 1, "attention_norm": "ln_1"}
@@ -45,6 +48,63 @@ def test_a_causal_call_is_an_error(monkeypatch):
     monkeypatch.setattr(type(model.base_model.model.blocks[0].attn.base_layer), "forward", causal)
     with pytest.raises(ValueError, match="is_causal=True.*bidirectional"):
         model(torch.randn(2, 5, 8))
+
+
+class WrittenOut(nn.Module):
+    """Attention as products and a softmax, of which `then` does something to the scores."""
+
+    def __init__(self, bare, then=lambda scores: scores):
+        super().__init__()
+        self.bare, self.then = bare, then
+
+    def forward(self, x):
+        q, k, v = self.bare.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        scores = self.then(q @ k.transpose(-2, -1) / 2)
+        return self.bare.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def written_out(then):
+    model = adapt(Bare(), **CONFIG)
+    expected = model(torch.ones(2, 5, 8).cumsum(1))
+    for layer in adapted_layers(model).values():
+        layer._site = (layer.site._replace(interception=ProductsMode),)
+        layer.forward = intercepted(layer, WrittenOut(layer.base_layer, then))
+    return model, expected
+
+
+def intercepted(layer, attention):
+    def forward(x):
+        with ProductsMode(layer):
+            return attention(x)
+
+    return forward
+
+
+def test_attention_that_is_written_out_gives_the_same():
+    model, expected = written_out(
+        lambda scores: nn.functional.dropout(scores, 0.0).view(2, 1, 2, 5, 5).view(2, 2, 5, 5)
+    )
+    torch.testing.assert_close(model(torch.ones(2, 5, 8).cumsum(1)), expected)
+
+
+@pytest.mark.parametrize(
+    ("then", "words"),
+    [
+        (lambda scores: scores.tanh(), "by which prompts cannot be followed: tanh"),
+        (lambda scores: scores * torch.ones(5), "by which prompts cannot be followed: mul"),
+    ],
+)
+def test_what_cannot_be_followed_is_an_error(then, words):
+    model, _ = written_out(then)
+    with pytest.raises(RuntimeError, match=words):
+        model(torch.randn(2, 5, 8))
+
+
+def test_attention_without_two_products_is_an_error():
+    model = adapt(Bare(), **CONFIG)
+    layer = model.base_model.model.blocks[0].attn
+    with pytest.raises(RuntimeError, match="has not computed its attention as expected"):
+        intercepted(layer, nn.Identity())(torch.randn(2, 5, 8))
 
 
 @pytest.mark.slow  # compiled

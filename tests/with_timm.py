@@ -10,6 +10,7 @@ from timm.layers import set_fused_attn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from e2vpt_peft import E2VPTConfig, check_prefix
+from e2vpt_peft.interception import ProductsMode
 
 from .models import images, prompt_parameters, randomized
 from .test_architectures import PROMPTS, adapt, adapted_layers
@@ -68,15 +69,17 @@ def test_the_wrapper_of_transformers():
     assert check_prefix(model, {"pixel_values": images(3, 32)}) < 1e-5
 
 
-def test_unfused_attention_is_refused():
+@torch.no_grad()
+def test_attention_without_fusion_gives_the_same():
+    fused = adapt(make(qk_norm=True))
     set_fused_attn(False)
     try:
-        model = make()
+        written_out = get_peft_model(make(qk_norm=True), E2VPTConfig(**PROMPTS)).eval()
     finally:
         set_fused_attn(True)
-    with pytest.raises(ValueError, match=r"'blocks.0.attn' \(Attention\), which has fused_attn=False.*set_fused_attn"):
-        get_peft_model(model, E2VPTConfig(**PROMPTS))
-    assert not adapted_layers(model)
+    written_out.load_state_dict(fused.state_dict())
+    assert all(layer.site.interception is ProductsMode for layer in adapted_layers(written_out).values())
+    torch.testing.assert_close(written_out(images(2, 32)), fused(images(2, 32)), rtol=1e-5, atol=1e-5)
 
 
 def test_attention_that_loses_its_fusion_afterwards_is_an_error():

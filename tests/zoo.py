@@ -185,6 +185,9 @@ ZOO: dict[str, Case] = {
         labelled(t.SiglipConfig, vision_config=IMAGE, text_config={**WORDS, "projection_size": 32}),
     ),
     "swin": Case(t.SwinForImageClassification, labelled(t.SwinConfig, **SWIN), lambda n=3: pixels(n, 32)),
+    "swinv2": Case(
+        t.Swinv2ForImageClassification, labelled(t.Swinv2Config, **SWIN), lambda number=3: pixels(number, 32)
+    ),
     "videomae": Case(
         t.VideoMAEForVideoClassification,
         labelled(t.VideoMAEConfig, **MAE, num_frames=4, tubelet_size=2),
