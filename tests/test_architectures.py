@@ -14,7 +14,7 @@ from e2vpt_peft.architectures import ARCHITECTURES
 
 from .insertion import inserted
 from .models import SIZES, images, prompt_parameters, randomized, tiny_vit
-from .zoo import HEADS, ZOO
+from .zoo import HEADS, IMAGE, WORDS, ZOO
 
 PROMPTS = {"num_visual_prompts": 3, "num_kv_prompts": 2, "num_segments": 4}
 DEPTHS = {"modernbert": 4, "dpt": 4, "swin": 3, "swinv2": 3}
@@ -290,13 +290,35 @@ def test_different_adapters_in_one_batch(name):
         assert_close([value[0] for value in alone], [value[index] for value in together])
 
 
-@pytest.mark.parametrize("name", ["clip_vision_model", "siglip_vision_model"])
-def test_of_two_towers_the_vision_tower_is_adapted_and_both_when_asked(name):
-    config = ZOO[name].config
-    model = t.AutoModel.from_config(config)
-    assert {at.split(".")[2] for at in adapted_layers(adapt(model))} == {"vision_model"}
-    both = adapt(t.AutoModel.from_config(config), target_modules=["self_attn"])
-    assert {at.split(".")[2] for at in adapted_layers(both)} == {"vision_model", "text_model"}
+LLAMA = {**WORDS, "pad_token_id": 0}
+TOWERS = {
+    "clip": ZOO["clip_vision_model"].config,
+    "siglip": ZOO["siglip_vision_model"].config,
+    "siglip2": ZOO["siglip2_vision_model"].config,
+    "aimv2": t.Aimv2Config(vision_config=IMAGE, text_config={**WORDS, "eos_token_id": 2}, projection_dim=16),
+    "owlvit": t.OwlViTConfig(vision_config=IMAGE, text_config=WORDS, projection_dim=16),
+    "owlv2": t.Owlv2Config(vision_config=IMAGE, text_config=WORDS, projection_dim=16),
+    "llava": t.LlavaConfig(vision_config=t.CLIPVisionConfig(**IMAGE), text_config=t.LlamaConfig(**LLAMA)),
+    "internvl": t.InternVLConfig(
+        vision_config=ZOO["internvl_vision"].config, text_config=t.Qwen2Config(**LLAMA, num_key_value_heads=4)
+    ),
+    "vision-text-dual-encoder": t.VisionTextDualEncoderConfig.from_vision_text_configs(
+        t.ViTConfig(**IMAGE), t.BertConfig(**WORDS), projection_dim=16
+    ),
+}
+
+
+@pytest.mark.parametrize("config", TOWERS.values(), ids=TOWERS.keys())
+def test_of_several_towers_the_vision_tower_is_adapted(config):
+    names = adapted_layers(adapt(t.AutoModel.from_config(config))).keys()
+    assert len(names) == 2
+    assert all("vision" in name for name in names)
+
+
+@pytest.mark.parametrize("model_type", ["clip", "siglip", "siglip2", "owlvit", "owlv2"])
+def test_both_towers_are_adapted_when_asked(model_type):
+    model = adapt(t.AutoModel.from_config(TOWERS[model_type]), target_modules=["self_attn"])
+    assert {at.split(".")[2] for at in adapted_layers(model)} == {"vision_model", "text_model"}
 
 
 @both_attentions
