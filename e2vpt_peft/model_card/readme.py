@@ -88,9 +88,9 @@ def _is_unfilled(text: str) -> bool:
     """Whether a card has no text, or is the form with nothing filled in."""
     if not text.strip():
         return True
-    form = {*ModelCard.from_template(ModelCardData()).text.splitlines(), TRANSFORMERS_DESCRIPTION}
+    form = ModelCard.from_template(ModelCardData(library_name="peft")).text.splitlines()
     lines = [line for line in text.splitlines() if not PEFT_LINE.fullmatch(line)]
-    return "# Model Card for Model ID" in lines and form.issuperset(lines)
+    return "# Model Card for Model ID" in lines and {*form, TRANSFORMERS_DESCRIPTION}.issuperset(lines)
 
 
 def _checksum(text: str) -> str:
