@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional
 
@@ -20,8 +21,6 @@ from .readme import is_hub_id
 from .snippet import usage
 
 PAPER = "https://huggingface.co/papers/2307.13770"
-SPLITS = {"eval_": "validation", "test_": "test"}
-"""What Trainer's prefixes of metrics mean."""
 NO_RESULTS = ("epoch", "step", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 """What Trainer returns along with the results."""
 
@@ -75,6 +74,18 @@ class CardContent:
         ]
         return "\n".join(section for section in sections if section)
 
+    @cached_property
+    def results(self) -> dict[tuple[str, str], float]:
+        """Values by split and name."""
+        splits = {"eval_": self.details.eval_split, "test_": "test", "": ""}
+        found = {}
+        for key, value in (self.details.metrics or {}).items():
+            prefix = next(prefix for prefix in splits if key.startswith(prefix))
+            name = key.removeprefix(prefix)
+            if name not in NO_RESULTS:
+                found[splits[prefix], name] = float(value)
+        return found
+
     def _introduction(self) -> str:
         text = f"# {self.name}\n\nAn [E²VPT]({PAPER}) adapter for {_link(self.base_model)}"
         text += f", trained on {_link(self.dataset, 'datasets/')}" if self.dataset else ""
@@ -124,10 +135,9 @@ class CardContent:
         return text + (f"\n{self.details.pruning}\n" if self.details.pruning else "")
 
     def _results(self) -> str:
-        results = _results(self.details.metrics or {})
-        if not results:
+        rows = [(name.replace("_", " "), split, f"{value:.4g}") for (split, name), value in self.results.items()]
+        if not rows:
             return ""
-        rows = [(name.replace("_", " "), split or "", f"{value:.4g}") for split, name, value in results]
         return "## Results\n\n" + _table(["metric", "data", "value"], rows)
 
     def _training(self) -> str:
@@ -153,24 +163,13 @@ class CardContent:
                 dataset_type=self.dataset,
                 dataset_name=self.dataset,
                 dataset_config=self.details.dataset_config,
-                dataset_split=split,
+                dataset_split=split or None,
                 metric_type=name,
                 metric_name=name.replace("_", " ").capitalize(),
                 metric_value=value,
             )
-            for split, name, value in _results(self.details.metrics or {})
+            for (split, name), value in self.results.items()
         ]
-
-
-def _results(metrics: Any) -> list[tuple[Optional[str], str, float]]:
-    """Split, name and value of each result."""
-    found = []
-    for key, value in metrics.items():
-        prefix = next((prefix for prefix in SPLITS if key.startswith(prefix)), "")
-        name = key.removeprefix(prefix)
-        if name not in NO_RESULTS:
-            found.append((SPLITS.get(prefix), name, float(value)))
-    return found
 
 
 def _link(name: Optional[str], folder: str = "") -> str:

@@ -19,8 +19,9 @@ class CardDetails:
         dataset (`str`, *optional*): The training data: a Hub id, or any other name.
         dataset_config (`str`, *optional*): The configuration of a Hub data set.
         metrics (`Mapping[str, float]`, *optional*):
-            Results, as `Trainer.evaluate` returns them: `"eval_accuracy"` is a validation accuracy, `"test_accuracy"`
-            a test accuracy, `"accuracy"` one that is not said to be either.
+            Results, as `Trainer.evaluate` returns them: `"eval_accuracy"` is an accuracy on `eval_split`,
+            `"test_accuracy"` one on the test split, `"accuracy"` one that is not said to be either.
+        eval_split (`str`, defaults to `"validation"`): The split of the data that `"eval_..."` metrics are of.
         pruning (`str`, *optional*): How it was found out which prompts to prune, in Markdown.
         arguments (`Mapping[str, Any]`, *optional*): The training arguments.
         license, language (`str`, *optional*): The licence of the adapter, and the language of its data.
@@ -35,6 +36,7 @@ class CardDetails:
     dataset: Optional[str] = None
     dataset_config: Optional[str] = None
     metrics: Optional[Mapping[str, float]] = None
+    eval_split: str = "validation"
     pruning: Optional[str] = None
     arguments: Optional[Mapping[str, Any]] = None
     license: Optional[str] = None

@@ -49,6 +49,7 @@ class ModelCardTrainer(Trainer):
         dataset_tags: Optional[Union[str, list[str]]] = None,
         dataset: Optional[Union[str, list[str]]] = None,
         dataset_args: Optional[Union[str, list[str]]] = None,
+        **details: Any,
     ) -> None:
         """Write the model card into the output directory. Cards that are written later keep what is given here.
 
@@ -60,6 +61,7 @@ class ModelCardTrainer(Trainer):
                 The training data, a Hub id or any other name. Defaults to that of the training data set, if it comes
                 from the Hub.
             dataset_args (`str`, *optional*): The configuration of a Hub data set.
+            **details: What else the card should say, see [`CardDetails`].
         """
         if not has_adapter(self._adapted_model()):
             super().create_model_card(
@@ -75,6 +77,7 @@ class ModelCardTrainer(Trainer):
                 "task": _first(tasks),
                 "dataset": _first(dataset_tags) or _first(dataset),
                 "dataset_config": _first(dataset_args),
+                **details,
             }
             given = {name: value for name, value in given.items() if value is not None}
             self._given_details = {**self._given_details, **given}

@@ -70,7 +70,7 @@ class E2VPTTrainer(ModelCardTrainer):
     The adapter that it saves or pushes has a model card with all that the search found out, see [`ModelCardTrainer`].
 
     Every phase is a training of its own, with the callbacks, the evaluation and the checkpoints that the
-    [`~transformers.TrainingArguments`] ask for. All that it writes into the output directory is `pruning_state/`,
+    [`~transformers.TrainingArguments`] ask for. All that it writes into the output directory is `_pruning_state/`,
     `pruning_results.json` and, if matplotlib is installed, `pruning_results.png`.
 
     Args:
