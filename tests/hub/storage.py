@@ -7,7 +7,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Optional
 
-USERS = {"hf_ann": "ann", "hf_bob": "bob"}
+USERS = {"hf_ann": "ann", "hf_bob": "bob", "hf_google": "google"}
 """Access tokens and whose they are."""
 
 

@@ -87,11 +87,16 @@ def test_a_pushed_card_says_what_the_hub_shows(hub: HubServer, client: HubClient
     assert {"e2vpt", "image-classification", "base_model:adapter:ann/backbone"} <= set(data.tags)
     (result,) = data.eval_results
     assert (result.metric_type, result.metric_value, result.dataset_split) == ("accuracy", 0.75, "test")
+    assert client.run(run, snippet(card)) in LABELS.values()
 
-    # As a reader would, in a fresh process with nothing in its cache.
+
+@pytest.mark.slow
+def test_the_code_runs_in_a_fresh_process(hub: HubServer, client: HubClient, tmp_path: Path) -> None:
+    """As a reader runs it, with nothing imported and nothing in the cache."""
+    client.run(push_with_card, "ann/corners")
     path = f"{Path(__file__).parents[2]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     process = subprocess.run(
-        [sys.executable, "-c", snippet(card)],
+        [sys.executable, "-c", snippet(readme(hub, "ann/corners"))],
         env={**environment(hub.url, tmp_path / "hf"), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -147,6 +152,7 @@ class FromHub(Dataset):
 
 
 def train_and_push(kind: type[Trainer], folder: Path, repo: str, readme: Optional[str] = None, **options: Any) -> Any:
+    """Push what a Trainer has trained, after another hand has written a card into the repository if one is given."""
     settings = {"num_train_epochs": 1, "eval_strategy": "epoch", "save_strategy": "epoch", **options}
     args = arguments(folder, push_to_hub=True, hub_model_id=repo, hub_token="hf_ann", **settings)
     pruning = {"pruning_config": PruningConfig([0.5], [0.0], tolerance=1e9)} if kind is E2VPTTrainer else {}
@@ -203,3 +209,18 @@ def test_a_trainer_leaves_a_persons_card_on_the_hub(hub: HubServer, client: HubC
     client.run(train_and_push, ModelCardTrainer, tmp_path / "out", "ann/corners", readme=mine)
     assert readme(hub, "ann/corners") == mine
     assert (tmp_path / "out" / "README.md").read_text() == mine
+
+
+def push_edit_and_push(folder: Path, repo: str) -> None:
+    args = arguments(folder, push_to_hub=True, hub_model_id=repo, hub_token="hf_ann")
+    trainer = ModelCardTrainer(model=adapter(), args=args)
+    trainer.push_to_hub()
+    path = folder / "README.md"
+    path.write_text(path.read_text() + "\nMine, below.\n")
+    trainer.push_to_hub(dataset="ann/corners-data")
+
+
+def test_what_was_written_in_the_output_directory_is_pushed(hub: HubServer, client: HubClient, tmp_path: Path) -> None:
+    client.run(push_edit_and_push, tmp_path, "ann/corners")
+    card = readme(hub, "ann/corners")
+    assert card.endswith("\nMine, below.\n") and "ann/corners-data" in card
