@@ -12,6 +12,7 @@ from .model_card import CardDetails, push_model_card, write_model_card
 from .peft_type import E2VPTType, register_with_peft
 from .pruning import PruningSummary, prune_prompts, rewind_prompts
 from .trainer import E2VPTTrainer, ModelCardTrainer, PruningArguments, PruningConfig
+from .verification import check_prefix
 from .version import __version__
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "PruningConfig",
     "PruningSummary",
     "__version__",
+    "check_prefix",
     "prune_prompts",
     "push_model_card",
     "rewind_prompts",
