@@ -41,5 +41,5 @@ $(VENV)/.examples: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP_INSTALL) --editable '.[dev]'
-	$(PIP_INSTALL) --no-deps timm # which wants torchvision, of which the tests have no need
+	$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/timm timm # aside: without torchvision it breaks what finds it
 	touch $@

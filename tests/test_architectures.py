@@ -17,7 +17,7 @@ from .models import SIZES, images, prompt_parameters, randomized, tiny_vit
 from .zoo import HEADS, IMAGE, WORDS, ZOO
 
 PROMPTS = {"num_visual_prompts": 3, "num_kv_prompts": 2, "num_segments": 4}
-DEPTHS = {"modernbert": 4, "dpt": 4, "swin": 3, "swinv2": 3}
+DEPTHS = {"beit segmentation": 4, "modernbert": 4, "dpt": 4, "swin": 3, "swinv2": 3}
 NO_TOKENS = {name for name, architecture in ARCHITECTURES.items() if architecture.special_tokens is None}
 
 all_architectures = pytest.mark.parametrize("name", ZOO)
@@ -83,7 +83,10 @@ def test_ready_made_targets_are_the_layers_of_the_encoder_and_nothing_else(name)
         assert not any(other in each for each in names)
 
 
-@pytest.mark.parametrize("name", [name for name in [*ZOO, *HEADS] if "swin" not in name])
+# Windows have a test of their own, and a head that reads what is between the layers would meet the reference's tokens.
+@pytest.mark.parametrize(
+    "name", [name for name in [*ZOO, *HEADS] if "swin" not in name and name != "beit segmentation"]
+)
 @both_attentions
 @torch.no_grad()
 def test_a_prefix_equals_inserted_tokens(name, attention):
@@ -204,6 +207,7 @@ def test_outputs_have_the_backbones_own_shapes(name):
 
 
 def _flat(value):
+    value = tuple(value.values()) if isinstance(value, dict) else value
     return [value] if isinstance(value, torch.Tensor) else [part for item in value or () for part in _flat(item)]
 
 

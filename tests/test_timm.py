@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+TIMM = Path(sys.prefix, "timm")  # see timm_without_torchvision.py
+
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed: pip install --no-deps timm")
+@pytest.mark.skipif(not TIMM.exists(), reason=f"timm is not in {TIMM}: pip install --no-deps --target {TIMM} timm")
 def test_models_of_timm():
     """In a process of its own, as it needs a stand-in for torchvision that no other test should see."""
     plugins = ["-p", "tests.timm_without_torchvision", "-p", "no:cacheprovider", "-n", "0"]

@@ -1,5 +1,8 @@
 """A pytest plugin that stands in for torchvision, which timm imports, and which has no build for a CPU-only torch.
 
+timm itself is in a folder of its own (see the Makefile), because `accelerate launch` imports it when it finds it,
+and fails without torchvision.
+
 For vision transformers timm needs no more of it than names to import; what they name does nothing here.
 """
 
@@ -9,6 +12,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 
@@ -41,4 +45,5 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
+sys.path.append(str(Path(sys.prefix, "timm")))
 sys.meta_path.append(_Finder())

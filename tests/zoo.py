@@ -256,6 +256,15 @@ HEADS: dict[str, Case] = {
         ),
         lambda number=3: pixels(number, 32),
     ),
+    "owlvit detection": Case(
+        t.OwlViTForObjectDetection,
+        t.OwlViTConfig(vision_config=IMAGE, text_config={**WORDS, "eos_token_id": 2}, projection_dim=32),
+        lambda number=3: {**pixels(number), "input_ids": text(2 * number)["input_ids"]},  # two queries an image
+    ),
+    "beit segmentation": Case(
+        t.BeitForSemanticSegmentation,
+        labelled(t.BeitConfig, **{**IMAGE, "num_hidden_layers": 4}, out_indices=[1, 2, 3, 4], pool_scales=[1, 2]),
+    ),
     "wav2vec2, post-norm": Case(t.Wav2Vec2ForSequenceClassification, labelled(t.Wav2Vec2Config, **WAVES), sound),
 }
 """Some of these architectures under heads that do other things with them."""
