@@ -7,7 +7,7 @@ changed, so that a bad file has to be found out when the configuration is read.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -80,6 +80,7 @@ def _check(config: E2VPTConfig, path: Path) -> None:
         with safe_open(path, framework="pt") as file:
             header = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (no dictionary)
             check_names(list(header), config.modules_to_save, str(path))
+            _check_layers(config, path, header)
             for name, part in header.items():
                 _check_shape(config, path, name, part.get_shape(), part.get_dtype())
             for name in header:
@@ -135,6 +136,17 @@ def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
         raise ValueError(
             f"{where}: {count} of {tensor.numel()} values of '{name}' are NaN or infinite. The training that made "
             f"the adapter diverged, or the file is damaged. {NOTHING_LOADED}"
+        )
+
+
+def _check_layers(config: E2VPTConfig, path: Path, names: Iterable[str]) -> None:
+    layers = {name.rpartition(".")[0] for name in names if is_prompt(name)}
+    number = (config.backbone or {}).get("num_layers")
+    if number is not None and len(layers) > number:
+        raise ValueError(
+            f"{path} has prompts for {len(layers)} layers, but the adapter was made for a backbone with {number}: "
+            f"{_some(sorted(layers))}. The two files do not belong together, or one of them was changed. "
+            f"{NOTHING_LOADED}"
         )
 
 

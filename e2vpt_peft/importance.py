@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from .attention import Prefix
 from .layer import E2VPTLayer
 from .masks import segment_mask, token_mask
+from .non_finite import explain_non_finite
 
 Batch = Mapping[str, Any]
 
@@ -80,6 +81,7 @@ def score_prompts(
 
     Raises:
         ValueError: The method is unknown, a batch has no labels or gives no loss, or there is no batch.
+        FloatingPointError: The loss is NaN or infinite; the message has the batch and the likely cause.
 
     Example:
 
@@ -94,6 +96,7 @@ def score_prompts(
     config = layers[0].adapter_configs[name]
     tokens, segments = int(token_mask(config).sum()), config.num_segments
     total = torch.zeros(tokens * (1 + segments) + 1, dtype=torch.float64)
+    cause = "The batch was one of another process."
     with _undisturbed(model, layers, name):
         total_batches = getattr(dataloader, "__len__", lambda: None)()
         shown = min(filter(None, (total_batches, max_batches)), default=None)
@@ -101,14 +104,18 @@ def score_prompts(
         for number, batch in enumerate(progress):
             if max_batches is not None and number >= max_batches:
                 break
-            token_scores, segment_scores = SCORING_METHODS[method](_Probe(model, layers, name, _as_dict(model, batch)))
-            total += torch.cat([token_scores, segment_scores.flatten(), torch.ones(1)]).detach().double().cpu()
+            batch = _as_dict(model, batch)
+            token_scores, segment_scores = SCORING_METHODS[method](_Probe(model, layers, name, batch))
+            scores = torch.cat([token_scores, segment_scores.flatten(), torch.ones(1)]).detach().double().cpu()
+            if total.isfinite().all() and not scores.isfinite().all():
+                cause = f"It began with batch {number}. {explain_non_finite(model, batch)}"
+            total += scores
     total = reduce(total.to(PartialState().device), reduction="sum").cpu()
     if total[-1] == 0:
         raise ValueError("dataloader gave no batch: there is nothing to score prompts on.")
     mean = total[:-1] / total[-1]
     if not mean.isfinite().all():
-        raise ValueError("The loss on the given batches, or its gradient, is not finite: prompts cannot be scored.")
+        raise FloatingPointError(f"The loss or its gradient is NaN or infinite: prompts cannot be scored. {cause}")
     return PromptScores(mean[:tokens], mean[tokens:].view(tokens, segments), method)
 
 
@@ -176,14 +183,28 @@ class _Probe:
 
 Scores = tuple[torch.Tensor, torch.Tensor]
 
+SCALES = (2.0**15, 2.0**10, 2.0**5, 1.0)
+"""Powers of two, which change no digit; the first is the largest that float16 has."""
+
+
+def _gradients(loss: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """d loss / d inputs in float64, computed on a scaled loss: float16 has no numbers below 6e-8, and of a model that
+    is sure of its answers most gradients are smaller than that."""
+    for scale in SCALES:
+        scaled = torch.autograd.grad(loss, inputs, torch.full_like(loss, scale), retain_graph=True)
+        gradients = [gradient.double() / scale for gradient in scaled]
+        if all(gradient.isfinite().all() for gradient in gradients):
+            break  # otherwise the scaled ones may have been too large for float16
+    return gradients
+
 
 def _signed(probe: _Probe) -> Scores:
     """d loss / d mask, for masks of ones on tokens and on segments, shared by all layers."""
     leaves = [prompts.clone().requires_grad_() for prompts in probe.prompts]
-    gradients = torch.autograd.grad(probe.loss(leaves), leaves)
+    gradients = _gradients(probe.loss(leaves), leaves)
     segments = torch.zeros(probe.kept.shape, dtype=torch.float64)
     for gradient, prompts in zip(gradients, probe.prompts):  # whose hidden sizes may differ
-        products = (gradient.double() * prompts.double()).cpu()
+        products = (gradient * prompts.double()).cpu()
         segments += products.unflatten(-1, (-1, probe.segments)).sum(-2)
     return segments.sum(-1), segments
 
@@ -250,7 +271,7 @@ def _segments_by_keys_and_values(probe: _Probe) -> torch.Tensor:
     with _prefix_hooks(probe.layers, record):
         loss = probe.loss()
     rows = [rows for layer in probe.layers for rows in prefixes[layer][:2]]
-    gradients = torch.autograd.grad(loss, rows)
+    gradients = _gradients(loss, rows)
     changes = torch.zeros(probe.kept.shape, dtype=torch.float64)
     count = len(probe.kept)
     for index, (layer, prompts) in enumerate(zip(probe.layers, probe.prompts)):
@@ -258,7 +279,7 @@ def _segments_by_keys_and_values(probe: _Probe) -> torch.Tensor:
             without = layer.keys_and_values(probe.without_segments(prompts).flatten(0, 1))
         for new, old, gradient in zip(without, prefixes[layer][:2], gradients[2 * index : 2 * index + 2]):
             difference = new.unflatten(0, (count, probe.segments)).double() - old[0, :count, None].double()
-            changes += (difference * gradient[0, :count, None].double()).sum((-1, -2)).cpu()
+            changes += (difference * gradient[0, :count, None]).sum((-1, -2)).cpu()
     return changes
 
 
@@ -274,10 +295,10 @@ def _segments_by_midpoints(probe: _Probe) -> torch.Tensor:
             prompts = prompts.clone()
             prompts[:, segment :: probe.segments] /= 2
             halved.append(prompts.requires_grad_())
-        gradients = torch.autograd.grad(probe.loss(halved), halved)
+        gradients = _gradients(probe.loss(halved), halved)
         for gradient, prompts in zip(gradients, probe.prompts):
             part = slice(segment, None, probe.segments)
-            changes[:, segment] -= (gradient[:, part].double() * prompts[:, part].double()).sum(-1).cpu()
+            changes[:, segment] -= (gradient[:, part] * prompts[:, part].double()).sum(-1).cpu()
     return changes
 
 
@@ -300,8 +321,8 @@ def _attention_gate(probe: _Probe) -> Scores:
     else:
         with _prefix_hooks(probe.layers, gate):
             loss = probe.loss()
-    (gradient,) = torch.autograd.grad(loss, [bias])
-    return gradient.double().cpu().abs(), _segments_by_keys_and_values(probe)
+    (gradient,) = _gradients(loss, [bias])
+    return gradient.cpu().abs(), _segments_by_keys_and_values(probe)
 
 
 SCORING_METHODS: dict[str, Callable[[_Probe], Scores]] = {

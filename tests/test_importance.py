@@ -173,6 +173,6 @@ def test_bad_input_is_refused_in_words():
         score_prompts(model, [], progress_bar=False)
     with pytest.raises(ValueError, match="a pair"):
         score_prompts(model, [images()], progress_bar=False)
-    bad = [{"pixel_values": images(4) * float("nan"), "labels": LABELS}]
-    with pytest.raises(ValueError, match="not finite"):
+    bad = [*data(), {"pixel_values": images(4) * float("nan"), "labels": LABELS}]
+    with pytest.raises(FloatingPointError, match=f"batch {len(bad) - 1}.*NaN or infinite values in pixel_values"):
         score_prompts(model, bad, progress_bar=False)

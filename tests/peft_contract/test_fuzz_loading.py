@@ -45,11 +45,21 @@ class Saved:
             self.config = json.loads((Path(folder) / CONFIG).read_text())
             self.tensors = load_file(Path(folder) / WEIGHTS)
         self.header = 8 + int.from_bytes(self.weights[:8], "little")
+        self.renew()
+
+    def renew(self) -> None:
         self.model = adapted(adapter_name="first")
         self.before, self.logits = snapshot(self.model), logits(self.model)
 
     def load(self, weights: bytes, config: Any) -> None:
         """Load what may be damaged: it is refused and the model is what it was, or it does no harm."""
+        try:
+            self._load(weights, config)
+        except BaseException:  # the model may be spoilt for the next example
+            self.renew()
+            raise
+
+    def _load(self, weights: bytes, config: Any) -> None:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             (Path(folder) / WEIGHTS).write_bytes(weights)
@@ -167,7 +177,7 @@ fields: dict[str, Any] = {
     "layers_to_transform": st.one_of(values, st.lists(st.integers(-1, 3), max_size=3)),
     "layers_pattern": st.one_of(values, st.sampled_from(["layers", ["layers"]])),
     "modules_to_save": st.one_of(values, st.sampled_from([["classifier"], ["layernorm"], ["nothing"]])),
-    "attention_norm": st.one_of(values, st.sampled_from(["layernorm_before", "none", "forward"])),
+    "attention_norm": st.one_of(values, st.sampled_from(["layernorm_before", "none", "forward", "0", "mlp"])),
     "num_special_tokens": st.one_of(values, st.integers(0, 20)),
     "backbone": st.one_of(values, st.fixed_dictionaries({"hidden_size": st.one_of(values, st.just(32))})),
     "token_mask": st.one_of(values, st.lists(st.booleans(), max_size=4)),
