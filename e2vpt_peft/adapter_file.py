@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 PROMPTS = "e2vpt_"
 """What the names of prompts begin with, behind the name of their layer."""
+INSIDE_WRAPPERS = {"base_layer", "original_module", "modules_to_save"}
+"""In a model, PEFT's wrappers have these in the names of weights; a saved adapter has none of them."""
 NOTHING_LOADED = "Nothing has been loaded."
 
 
@@ -115,7 +117,8 @@ def check_names(names: Sequence[str], modules_to_save: Optional[Sequence[str]], 
             f"{where} has no prompts, but {_some(names)}: it is not the file of an E2VPT adapter. {NOTHING_LOADED}"
         )
     saved = [name for name in names if not is_prompt(name)]
-    foreign = [name for name in saved if not any(f"{module}." in name for module in modules_to_save or [])]
+    own = [name for name in saved if any(f"{module}." in name for module in modules_to_save or [])]
+    foreign = [name for name in saved if name not in own or INSIDE_WRAPPERS.intersection(name.split("."))]
     if foreign:
         raise ValueError(
             f"{where} has {_some(foreign)}, which are neither prompts nor of modules_to_save="

@@ -101,9 +101,12 @@ WRONG_WEIGHTS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         lambda f: edit_tensors(f, **{"base_model.model.vit.layers.0.mlp.fc1.weight": torch.zeros(64, 32)}),
         ["fc1.weight", "overwrite the backbone", "modules_to_save=['classifier']"],
     ),
+    "the backbone's own head": (
+        lambda f: edit_tensors(f, **{"base_model.model.classifier.original_module.bias": torch.zeros(5)}),
+        ["classifier.original_module.bias", "overwrite the backbone"],
+    ),
 }
 
-ALL, NONE = [True, True], [False, False]
 WRONG_CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "more prompts than saved": ({"num_visual_prompts": 9}, ["(2, 32)", "num_visual_prompts", "(9, 32)"]),
     "a huge number of prompts": (
@@ -114,7 +117,7 @@ WRONG_CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no visual prompts": ({"num_visual_prompts": 0}, ["e2vpt_visual_prompts", "(2, 32)", "should be none"]),
     "a mask of another length": ({"token_mask": [True] * 3}, ["token_mask", "2 booleans"]),
     "a mask of numbers": ({"token_mask": [1, 1]}, ["token_mask", "booleans"]),
-    "a mask that keeps nothing": ({"token_mask": NONE}, ["token_mask", "keeps nothing"]),
+    "a mask that keeps nothing": ({"token_mask": [False, False]}, ["token_mask", "keeps nothing"]),
     "a mask for fewer prompts than saved": ({"token_mask": [True, False]}, ["(2, 32)", "token_mask", "(1, 32)"]),
     "a mask of segments": (
         {"segment_mask": [[True] * 15 + [False]] * 2},
