@@ -307,3 +307,34 @@ def test_a_head_of_another_size_can_be_deleted_again(folder: Path) -> None:
         model.load_adapter(folder, "other")
     model.delete_adapter("other")
     assert_unchanged(model, before)
+
+
+class Code:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("entrance", ["from_pretrained", "config", "load_adapter", "native", "auto"])
+def test_code_in_a_pickle_is_never_run(entrance: str, folder: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    torch.save({VISUAL: Code(mark)}, folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+    tiny_vit().save_pretrained(tmp_path / "backbone")
+    edit_config(folder, base_model_name_or_path=str(tmp_path / "backbone"))
+    entrances: dict[str, Callable[[], Any]] = {
+        "from_pretrained": lambda: PeftModel.from_pretrained(tiny_vit(), folder),
+        "config": lambda: PeftModel.from_pretrained(tiny_vit(), folder, config=PeftConfig.from_pretrained(folder)),
+        "load_adapter": lambda: adapted().load_adapter(folder, "other"),
+        "native": lambda: tiny_vit().load_adapter(str(folder)),
+        "auto": lambda: AutoPeftModel.from_pretrained(folder),
+    }
+    with pytest.raises(Exception, match="no pickle is loaded|[Ww]eights[_ ]only|No such file"):
+        entrances[entrance]()
+    assert not mark.exists()
+    torch.load(folder / "adapter_model.bin", weights_only=False)
+    assert mark.exists()
