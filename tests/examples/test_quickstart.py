@@ -80,7 +80,7 @@ def test_main_prints_the_table_and_reloads(tmp_path: Path, capsys: pytest.Captur
     assert [result.method for result in results] == ["linear probe", "E²VPT"]
     probe, adapted = results
     assert probe.trainable == 10 * 128 + 10
-    assert probe.trainable < adapted.trainable < 0.02 * adapted.total
+    assert probe.trainable < adapted.trainable < 0.1 * adapted.total
     assert adapted.file_size == (tmp_path / "adapter_model.safetensors").stat().st_size
     assert all(0 <= result.accuracy <= 1 for result in results)
     assert "few labels: 20 training images (2 per class), 48 test images" in printed
