@@ -54,7 +54,7 @@ class QuickstartArguments:
     )
     train_per_class: int = field(default=50, metadata={"help": "Labelled images per class to train on."})
     max_test_images: int = field(default=2000, metadata={"help": "Test on at most so many images."})
-    num_visual_prompts: int = field(default=5, metadata={"help": "Visual prompts in each layer."})
+    num_visual_prompts: int = field(default=10, metadata={"help": "Visual prompts in each layer."})
     num_kv_prompts: int = field(
         default=40, metadata={"help": "Key-value prompts in each layer, separate ones as keys and as values."}
     )
@@ -62,10 +62,10 @@ class QuickstartArguments:
     batch_size: int = field(default=32, metadata={"help": "Training batch size, for both methods."})
     learning_rate: float = field(default=3e-2, metadata={"help": "Peak learning rate of visual prompts (AdamW)."})
     kv_learning_rate: float = field(
-        default=1e-1, metadata={"help": "Peak learning rate of key-value prompts (AdamW)."}
+        default=3e-1, metadata={"help": "Peak learning rate of key-value prompts (AdamW)."}
     )
     head_learning_rate: float = field(
-        default=3e-2, metadata={"help": "Peak learning rate of the head (AdamW), for both methods."}
+        default=1e-1, metadata={"help": "Peak learning rate of the head (AdamW), for both methods."}
     )
     augmentation: float = field(
         default=0.08, metadata={"help": "Strength of random affine distortions in training, for both methods."}
