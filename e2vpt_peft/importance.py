@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import reduce
 from peft.tuners.tuners_utils import set_adapter
@@ -59,9 +60,10 @@ def score_prompts(
         dataloader (`Iterable`): Batches, as dictionaries with labels, or as pairs (inputs, labels).
         method (`str`):
             - `"removal"` (default): tokens are left out one at a time, which costs a forward pass for each; segments
-            get
-              the first-order change of the loss through the keys and values that are left without them, exact in the
-              norm and the projections, for one forward and backward pass in all.
+              get the change of the loss by the keys and values that are left without them, computed exactly in the
+              norm and the projections and, if it is the cross-entropy of a classifier, in the loss; only the network
+              in between is taken as linear. That takes one forward pass, and a backward pass for each class, at most
+              ten.
             - `"leave_one_out"`: tokens and segments are left out one at a time: exact, at a forward pass for each.
             - `"absolute"`: the paper's score (eq. 6): the mean over batches of the absolute derivative of the loss
             with
@@ -151,10 +153,15 @@ class _Probe:
         self.prompts = [layer.dense_visual_prompts(adapter_name).detach() for layer in self.layers]
         """Of each layer, (number of prompts, hidden size)."""
 
-    def loss(self, prompts: Optional[list[torch.Tensor]] = None) -> torch.Tensor:
-        """The loss, with other visual prompts in each layer if given."""
+    def output(self, prompts: Optional[list[torch.Tensor]] = None) -> Any:
+        """What the model returns, with other visual prompts in each layer if given."""
         replaced = dict(zip(self.names, self.prompts if prompts is None else prompts))
-        output = functional_call(self.model, replaced, args=(), kwargs=dict(self.batch))
+        return functional_call(self.model, replaced, args=(), kwargs=dict(self.batch))
+
+    def loss(self, prompts: Optional[list[torch.Tensor]] = None) -> torch.Tensor:
+        return self.loss_of(self.output(prompts))
+
+    def loss_of(self, output: Any) -> torch.Tensor:
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if loss is None:
             raise ValueError(
@@ -229,37 +236,94 @@ def _removal(probe: _Probe) -> Scores:
     return _tokens_left_out(probe), _segments_by_keys_and_values(probe)
 
 
+MOST_CLASSES = 10
+"""Of so many classes, the likeliest for each sample, the logits are followed; those of the others hardly matter."""
+
+
 def _segments_by_keys_and_values(probe: _Probe) -> torch.Tensor:
-    """The first-order change of the loss when one segment of one token is set to zero in all layers.
+    """The change of the loss when one segment of one token is set to zero in all layers.
 
     What a prompt without a segment becomes in the norm and the projections is computed, not approximated: for that no
-    image is needed. Only the way from there, from its keys and values to the loss, is taken as linear.
+    image is needed. Only the way from there, from its keys and values to the logits, is taken as linear, for each
+    sample by itself. At a minimum of the loss, where training ends, the derivative of the loss says little: there its
+    curvature decides, which for a large part is that of the cross-entropy. Other losses are taken as linear, too.
     """
     if probe.is_shallow:
         return _segments_by_midpoints(probe)
     prefixes: dict[E2VPTLayer, Prefix] = {}
 
-    def record(layer: E2VPTLayer) -> Callable[[Prefix], Prefix]:
-        def hook(prefix: Prefix) -> Prefix:
-            keys, values = (rows.detach().requires_grad_() for rows in (prefix.keys, prefix.values))
+    def record(layer: E2VPTLayer) -> Callable[[Prefix, int], Prefix]:
+        def hook(prefix: Prefix, batch_size: int) -> Prefix:
+            keys, values = (
+                rows.detach().expand(batch_size, -1, -1, -1).clone().requires_grad_()
+                for rows in (prefix.keys, prefix.values)
+            )
             prefixes[layer] = Prefix(keys, values)
             return prefixes[layer]
 
         return hook
 
     with _prefix_hooks(probe.layers, record):
-        loss = probe.loss()
+        output = probe.output()
+    loss = probe.loss_of(output)
     rows = [rows for layer in probe.layers for rows in prefixes[layer][:2]]
-    gradients = torch.autograd.grad(loss, rows)
-    changes = torch.zeros(probe.kept.shape, dtype=torch.float64)
-    count = len(probe.kept)
-    for index, (layer, prompts) in enumerate(zip(probe.layers, probe.prompts)):
-        with torch.no_grad():
-            without = layer.keys_and_values(probe.without_segments(prompts).flatten(0, 1))
-        for new, old, gradient in zip(without, prefixes[layer][:2], gradients[2 * index : 2 * index + 2]):
-            difference = new.unflatten(0, (count, probe.segments)).double() - old[0, :count, None].double()
-            changes += (difference * gradient[0, :count, None].double()).sum((-1, -2)).cpu()
-    return changes
+    steps = _steps_without_segments(probe, prefixes)
+
+    def changes(values: torch.Tensor, weights: Optional[torch.Tensor] = None, samples: int = 1) -> torch.Tensor:
+        """Of the weighted sum of values, to first order, (samples, tokens, segments)."""
+        gradients = torch.autograd.grad(values, rows, weights, retain_graph=True)
+        count = len(probe.kept)
+        total = torch.zeros(samples, *probe.kept.shape, dtype=torch.float64, device=values.device)
+        for step, gradient in zip(steps, gradients):
+            change = torch.einsum("tshd,bthd->bts", step, gradient[:, :count].double())
+            total += change.unflatten(0, (samples, -1)).sum(1)  # over the windows of a sample
+        return total
+
+    logits, labels = getattr(output, "logits", None), probe.batch.get("labels")
+    if not _is_cross_entropy(loss, logits, labels):
+        return changes(loss)[0].cpu()
+    assert logits is not None and labels is not None
+    return _change_of_cross_entropy(logits, labels, changes).cpu()
+
+
+@torch.no_grad()
+def _steps_without_segments(probe: _Probe, prefixes: dict[E2VPTLayer, Prefix]) -> list[torch.Tensor]:
+    """How far keys, and values, of each layer move without a segment: (tokens, segments, heads, head size) each."""
+    count, steps = len(probe.kept), []
+    for layer, prompts in zip(probe.layers, probe.prompts):
+        without = layer.keys_and_values(probe.without_segments(prompts).flatten(0, 1))
+        for new, old in zip(without, prefixes[layer][:2]):
+            steps.append(new.unflatten(0, (count, probe.segments)).double() - old[0, :count, None].double())
+    return steps
+
+
+def _is_cross_entropy(loss: torch.Tensor, logits: Any, labels: Any) -> bool:
+    """Whether a loss is the plain cross-entropy of one label for each sample."""
+    if not isinstance(logits, torch.Tensor) or not isinstance(labels, torch.Tensor):
+        return False
+    if logits.dim() != 2 or labels.shape != logits.shape[:1] or labels.is_floating_point() or (labels < 0).any():
+        return False
+    return torch.allclose(loss.double(), F.cross_entropy(logits.double(), labels), rtol=1e-3, atol=1e-6)
+
+
+def _change_of_cross_entropy(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    changes: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
+) -> torch.Tensor:
+    """The mean change of the cross-entropy, (tokens, segments), given the changes of weighted sums of logits."""
+    likeliest = logits.topk(min(MOST_CLASSES, logits.shape[1])).indices
+    has_own = (likeliest == labels[:, None]).any(-1)
+    likeliest[~has_own, -1] = labels[~has_own]
+    before = logits.detach().double()
+    others = before.scatter(1, likeliest, -torch.inf).logsumexp(-1)[:, None, None]
+    normaliser, own = others, before.new_zeros(())
+    for classes in likeliest.T:
+        weights = F.one_hot(classes, logits.shape[1]).to(logits.dtype)
+        change = changes(logits, weights, len(logits))
+        normaliser = torch.logaddexp(normaliser, before.gather(1, classes[:, None])[..., None] + change)
+        own = own + change * (classes == labels)[:, None, None]
+    return (normaliser - before.logsumexp(-1)[:, None, None] - own).mean(0)
 
 
 def _segments_by_midpoints(probe: _Probe) -> torch.Tensor:
@@ -287,8 +351,8 @@ def _attention_gate(probe: _Probe) -> Scores:
     count = len(probe.prompts[0])
     bias = torch.zeros(count, device=probe.prompts[0].device, requires_grad=True)
 
-    def gate(layer: E2VPTLayer) -> Callable[[Prefix], Prefix]:
-        def hook(prefix: Prefix) -> Prefix:
+    def gate(layer: E2VPTLayer) -> Callable[[Prefix, int], Prefix]:
+        def hook(prefix: Prefix, batch_size: int) -> Prefix:
             others = bias.new_zeros(prefix.keys.shape[1] - count)
             return Prefix(prefix.keys, prefix.values, torch.cat([bias, others])[None])
 
@@ -317,7 +381,7 @@ SCORING_METHODS: dict[str, Callable[[_Probe], Scores]] = {
 
 @contextmanager
 def _prefix_hooks(
-    layers: list[E2VPTLayer], make: Callable[[E2VPTLayer], Callable[[Prefix], Prefix]]
+    layers: list[E2VPTLayer], make: Callable[[E2VPTLayer], Callable[[Prefix, int], Prefix]]
 ) -> Iterator[None]:
     for layer in layers:
         layer.prefix_hook = make(layer)
