@@ -60,8 +60,8 @@ class TextArguments:
         default=None, metadata={"help": "Hub id, csv or json file; default: docstrings of installed libraries."}
     )
     train_per_class: int = field(default=16, metadata={"help": "Labelled texts per class to train on."})
-    max_test_texts: int = field(default=1000, metadata={"help": "Test on at most so many texts."})
-    max_length: int = field(default=64, metadata={"help": "Texts are cut to so many tokens."})
+    max_test_texts: int = field(default=500, metadata={"help": "Test on at most so many texts."})
+    max_length: int = field(default=48, metadata={"help": "Texts are cut to so many tokens."})
     num_visual_prompts: int = field(default=10, metadata={"help": "Prompt tokens in each layer."})
     num_kv_prompts: int = field(default=5, metadata={"help": "Key-value prompts in each layer."})
     epochs: int = field(default=20, metadata={"help": "Epochs, for both methods."})
