@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DistilBertConfig, DistilBertModel
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -119,3 +119,13 @@ def test_a_different_prediction_after_reload_fails(
     with pytest.raises(SystemExit) as failure:
         text_classification.main([*BRIEF, f"--output_dir={tmp_path}"])
     assert "predicts differently" in str(failure.value.code)
+
+
+@needs_bert
+def test_another_backbone_whose_head_has_two_modules(tmp_path: Path, sentences: DatasetDict) -> None:
+    backbone = tmp_path / "backbone"
+    DistilBertModel(DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=48)).save_pretrained(backbone)
+    AutoTokenizer.from_pretrained(text_classification.packaged_bert()).save_pretrained(backbone)
+    head, adapted = text_classification.main([*BRIEF, f"--model={backbone}", f"--output_dir={tmp_path / 'out'}"])
+    assert head.trainable == 32 * 32 + 32 + 2 * 32 + 2
+    assert adapted.trainable == head.trainable + 2 * (10 * 32 + 5 * 32)
