@@ -66,7 +66,7 @@ class TextArguments:
     num_kv_prompts: int = field(default=5, metadata={"help": "Key-value prompts in each layer."})
     epochs: int = field(default=8, metadata={"help": "Epochs, for both methods."})
     batch_size: int = field(default=16, metadata={"help": "Training batch size, for both methods."})
-    learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of prompts (AdamW)."})
+    learning_rate: float = field(default=3e-2, metadata={"help": "Peak learning rate of prompts (AdamW)."})
     head_learning_rate: float = field(
         default=3e-3, metadata={"help": "Peak learning rate of the head (AdamW), for both methods."}
     )
