@@ -99,6 +99,7 @@ def predict(model: Any, name: str, folder: Path) -> torch.Tensor:
     return torch.as_tensor(make_trainer(model, name, folder).predict(unseen).predictions)
 
 
+@pytest.mark.slow
 @all_backbones
 def test_tuned_scored_pruned_rewound_tuned_again_and_saved(name: str, tmp_path: Path) -> None:
     backbone, checkpoint, adapter = BACKBONES[name], tmp_path / "checkpoint", tmp_path / "adapter"
