@@ -241,15 +241,20 @@ MOST_CLASSES = 10
 
 
 def _segments_by_keys_and_values(probe: _Probe) -> torch.Tensor:
-    """The change of the loss when one segment of one token is set to zero in all layers.
+    """The change of the loss when one segment of one token is set to zero in all layers."""
+    return _segments_by_midpoints(probe) if probe.is_shallow else _segments_of_layers(probe, together=True)[0]
+
+
+def _segments_of_layers(probe: _Probe, together: bool) -> torch.Tensor:
+    """The change of the loss when one segment of one token is set to zero, for deep prompts.
+
+    Of shape (1, tokens, segments) for all layers together, or (layers, tokens, segments) for each by itself.
 
     What a prompt without a segment becomes in the norm and the projections is computed, not approximated: for that no
     image is needed. Only the way from there, from its keys and values to the logits, is taken as linear, for each
     sample by itself. At a minimum of the loss, where training ends, the derivative of the loss says little: there its
     curvature decides, which for a large part is that of the cross-entropy. Other losses are taken as linear, too.
     """
-    if probe.is_shallow:
-        return _segments_by_midpoints(probe)
     prefixes: dict[E2VPTLayer, Prefix] = {}
 
     def record(layer: E2VPTLayer) -> Callable[[Prefix, int], Prefix]:
@@ -270,18 +275,19 @@ def _segments_by_keys_and_values(probe: _Probe) -> torch.Tensor:
     steps = _steps_without_segments(probe, prefixes)
 
     def changes(values: torch.Tensor, weights: Optional[torch.Tensor] = None, samples: int = 1) -> torch.Tensor:
-        """Of the weighted sum of values, to first order, (samples, tokens, segments)."""
+        """Of the weighted sum of values, to first order, (layers or 1, samples, tokens, segments)."""
         gradients = torch.autograd.grad(values, rows, weights, retain_graph=True)
-        count = len(probe.kept)
-        total = torch.zeros(samples, *probe.kept.shape, dtype=torch.float64, device=values.device)
-        for step, gradient in zip(steps, gradients):
-            change = torch.einsum("tshd,bthd->bts", step, gradient[:, :count].double())
-            total += change.unflatten(0, (samples, -1)).sum(1)  # over the windows of a sample
-        return total
+        parts = [
+            # Summed over the windows of a sample.
+            torch.einsum("tshd,bthd->bts", step, gradient[:, : len(step)].double()).unflatten(0, (samples, -1)).sum(1)
+            for step, gradient in zip(steps, gradients)
+        ]
+        keys_and_values = torch.stack(parts).unflatten(0, (-1, 2)).sum(1)
+        return keys_and_values.sum(0, keepdim=True) if together else keys_and_values
 
     logits, labels = getattr(output, "logits", None), probe.batch.get("labels")
     if not _is_cross_entropy(loss, logits, labels):
-        return changes(loss)[0].cpu()
+        return changes(loss)[:, 0].cpu()
     assert logits is not None and labels is not None
     return _change_of_cross_entropy(logits, labels, changes).cpu()
 
@@ -311,7 +317,7 @@ def _change_of_cross_entropy(
     labels: torch.Tensor,
     changes: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
 ) -> torch.Tensor:
-    """The mean change of the cross-entropy, (tokens, segments), given the changes of weighted sums of logits."""
+    """The mean change of the cross-entropy, (..., tokens, segments), given the changes of weighted sums of logits."""
     likeliest = logits.topk(min(MOST_CLASSES, logits.shape[1])).indices
     has_own = (likeliest == labels[:, None]).any(-1)
     likeliest[~has_own, -1] = labels[~has_own]
@@ -323,7 +329,7 @@ def _change_of_cross_entropy(
         change = changes(logits, weights, len(logits))
         normaliser = torch.logaddexp(normaliser, before.gather(1, classes[:, None])[..., None] + change)
         own = own + change * (classes == labels)[:, None, None]
-    return (normaliser - before.logsumexp(-1)[:, None, None] - own).mean(0)
+    return (normaliser - before.logsumexp(-1)[:, None, None] - own).mean(-3)
 
 
 def _segments_by_midpoints(probe: _Probe) -> torch.Tensor:
