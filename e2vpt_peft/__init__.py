@@ -5,7 +5,7 @@ Importing this package registers the method with PEFT: `get_peft_model`, `PeftMo
 """
 
 from .config import E2VPTConfig
-from .importance import PromptScores, score_prompts
+from .importance import PromptScores, score_prompts, score_prompts_by_layer
 from .layer import E2VPTLayer
 from .model import E2VPTModel
 from .peft_type import E2VPTType, register_with_peft
@@ -27,6 +27,7 @@ __all__ = [
     "prune_prompts",
     "rewind_prompts",
     "score_prompts",
+    "score_prompts_by_layer",
 ]
 
 register_with_peft(E2VPTConfig, E2VPTModel)

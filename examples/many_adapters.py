@@ -2,8 +2,8 @@
 
     python examples/many_adapters.py
 
-Offline, in about half a minute on one core. The tasks, on scikit-learn's handwritten digits: which digit, whether it is even,
-whether it is turned upside down. All heads have ten classes, of which the last two tasks use two.
+Offline, in about half a minute on one core. The tasks, on scikit-learn's handwritten digits: which digit, whether it
+is even, whether it is turned upside down. All heads have ten classes, of which the last two tasks use two.
 """
 
 from __future__ import annotations
