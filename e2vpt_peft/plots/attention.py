@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from ..layer import E2VPTLayer
@@ -42,17 +43,20 @@ def plot_attention_to_prompts(model: nn.Module, inputs: Mapping[str, Any]) -> Fi
     kinds = [kind for kind in ("visual", "key-value") if any(getattr(m, _FIELDS[kind]).numel() for m in maps)]
     sources = [("class token", True), ("patches", False)] if maps[0].special else [("patches", False)]
     figure = new_figure(1.2 + 2.6 * len(kinds), 0.8 + (0.6 + 0.24 * len(maps)) * len(sources))
-    grid = figure.subplots(len(sources), len(kinds), squeeze=False)
-    for row, (source, is_special) in zip(grid, sources):
-        for axes, kind in zip(row, kinds):
-            shares = torch.stack([m.share(_FIELDS[kind], is_special) for m in maps])  # (layers, heads)
-            image = axes.imshow(shares.numpy(), cmap="viridis", vmin=0, aspect="auto", interpolation="nearest")
+    grid = figure.subplots(len(sources), len(kinds), sharex=True, sharey=True, squeeze=False)
+    for column, kind in enumerate(kinds):
+        shares = [torch.stack([m.share(_FIELDS[kind], special) for m in maps]) for _, special in sources]
+        most = max(float(share.max()) for share in shares)  # one scale, so that the two can be compared
+        for axes, share, (source, _) in zip(grid[:, column], shares, sources):
+            image = axes.imshow(share.numpy(), cmap="viridis", vmin=0, vmax=most, aspect="auto")
             axes.set_title(f"from {source}\nto {kind} prompts", fontsize="medium")
-            axes.set_xlabel("head")
-            axes.set_ylabel("layer")
-            number_axis(axes.xaxis, shares.shape[1])
-            number_axis(axes.yaxis, shares.shape[0])
-            figure.colorbar(image, ax=axes, format="{x:.0%}")
+            number_axis(axes.xaxis, share.shape[1])
+            number_axis(axes.yaxis, share.shape[0])
+        bar = figure.colorbar(image, ax=list(grid[:, column]), aspect=30, label="share of the attention")
+        bar.ax.yaxis.set_major_formatter("{x:.3g}")
+        grid[-1, column].set_xlabel("head")
+    for row in grid:
+        row[0].set_ylabel("layer")
     return figure
 
 
@@ -94,16 +98,18 @@ def plot_attention_on_image(model: nn.Module, inputs: Mapping[str, Any], layer: 
     to_prompts = torch.cat([to_prompts.mean(1, keepdim=True), to_prompts], 1)
 
     columns = looking.shape[1] + 1
-    figure = new_figure(1.25 * columns, 1.5 * len(images) * ratio + 0.3)
+    figure = new_figure(1.25 * columns, 1.35 * len(images) * ratio + 0.3 + 0.15 * len(images))
     grid = figure.subplots(len(images), columns, squeeze=False)
     for number, row in enumerate(grid):
         low, high = images[number].min(), images[number].max()
         picture = ((images[number] - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0).numpy()
         row[0].imshow(picture)
         for column, axes in enumerate(row[1:]):
-            axes.imshow(picture.mean(-1), cmap="gray")
+            seen = looking[number, column]
+            axes.imshow(picture.mean(-1), cmap="gray", vmax=1.5)  # dimmed, so that the colour stands out
             extent = (-0.5, picture.shape[1] - 0.5, picture.shape[0] - 0.5, -0.5)
-            axes.imshow(looking[number, column].numpy(), cmap="inferno", alpha=0.75, vmin=0, extent=extent)
+            strength = (seen / seen.max()).numpy()
+            axes.imshow(strength, cmap="autumn", alpha=0.85 * strength, vmin=0, vmax=1, extent=extent)
             axes.set_xlabel(f"prompts {to_prompts[number, column]:.0%}", fontsize="small")
     for axes, title in zip(grid[0], ["image", "mean", *(f"head {head}" for head in range(columns - 2))]):
         axes.set_title(title, fontsize="medium")
@@ -137,14 +143,16 @@ def _attention_maps(model: nn.Module, inputs: Mapping[str, Any]) -> list[_Maps]:
     if len(active) != 1:
         raise ValueError(f"Plots of attention need one active E2VPT adapter, but there are {len(active)}: {active}.")
     config = layers[0].adapter_configs[active[0]]
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    implementation, training = base.config._attn_implementation, model.training
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    implementation = base.config._attn_implementation
+    modes = {module: module.training for module in model.modules()}
     try:
         base.set_attn_implementation("eager")  # the only one that returns its weights
         weights = model.eval()(**inputs, output_attentions=True).attentions
     finally:
         base.set_attn_implementation(implementation)
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
     if not weights:
         raise ValueError(f"{type(base).__name__} returns no attention weights: there is nothing to plot.")
     kept = config.num_visual_prompts if config.token_mask is None else sum(config.token_mask)

@@ -46,6 +46,7 @@ def plot_candidates(results: Union[dict[str, Any], str, PathLike[str]]) -> Figur
     axes.plot(*_points(best), "o", markersize=12, fillstyle="none", color="tab:red", label="kept")
     axes.set_xlabel("parameters of the prompts")
     axes.set_ylabel(table["metric"])
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend()
     return figure
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
 import numpy as np
+import torch
 
 from .figure import new_figure
 
@@ -50,8 +51,8 @@ def plot_features(
     """
     if method not in ("pca", "tsne"):
         raise ValueError(f"method={method!r} must be 'pca' or 'tsne'.")
-    classes = np.asarray(labels)
-    arrays = {title: np.asarray(values, dtype=np.float64) for title, values in features.items()}
+    classes = torch.as_tensor(labels).cpu().numpy()
+    arrays = {title: torch.as_tensor(values).detach().cpu().double().numpy() for title, values in features.items()}
     for title, values in arrays.items():
         if values.ndim != 2 or len(values) != len(classes):
             raise ValueError(

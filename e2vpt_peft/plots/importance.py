@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def plot_importance(model: nn.Module, scores: PromptScores, adapter_name: Optional[str] = None) -> Figure:
-    """Scores of tokens and of segments by layer, with a cross on those that are pruned.
+    """Scores of tokens and of segments by layer, and below them, in black, those that are pruned.
 
     Make the scores before pruning and the picture after it, to see what went; or score a pruned adapter, whose pruned
-    prompts then have crosses and no colour.
+    prompts then have no colour.
 
     Args:
         model (`nn.Module`): The adapted model. Its adapter says what is pruned.
@@ -60,19 +60,23 @@ def plot_importance(model: nn.Module, scores: PromptScores, adapter_name: Option
         segments = _at(segments, kept_tokens, 1)
 
     depth = len(tokens)
-    figure = new_figure(1.6 + 0.28 * count + 0.11 * count * min(config.num_segments, 8), 1.4 + 0.32 * depth)
-    left, right = figure.subplots(1, 2, width_ratios=[1, 2.2])
-    _heat_map(left, tokens, ~kept_tokens)
-    left.set_title("tokens")
-    left.set_xlabel("visual prompt")
-    number_axis(left.xaxis, count)
-    _heat_map(right, segments.flatten(1), ~kept_segments.flatten())
-    right.set_title(f"segments, {config.num_segments} of each token")
-    right.set_xlabel("visual prompt")
+    figure = new_figure(1.6 + 0.28 * count + 0.11 * count * min(config.num_segments, 8), 1.7 + 0.32 * depth)
+    grid = figure.subplots(2, 2, sharex="col", width_ratios=[1, 2.2], height_ratios=[max(depth, 3), 0.8])
+    (tokens_map, segments_map), (tokens_strip, segments_strip) = grid
+    _heat_map(tokens_map, tokens)
+    _heat_map(segments_map, segments.flatten(1))
+    _strip(tokens_strip, kept_tokens)
+    _strip(segments_strip, kept_segments.flatten())
+    tokens_map.set_title("tokens")
+    segments_map.set_title(f"segments, {config.num_segments} of each token")
+    number_axis(tokens_strip.xaxis, count)
     borders = np.arange(count + 1) * config.num_segments - 0.5
-    right.vlines(borders[1:-1], -0.5, depth - 0.5, color="black", linewidth=0.6)
-    right.set_xticks(borders[:-1] + config.num_segments / 2, range(count))
-    for axes in (left, right):
+    segments_strip.set_xticks(borders[:-1] + config.num_segments / 2, range(count))
+    for axes in (segments_map, segments_strip):
+        for border in borders[1:-1]:
+            axes.axvline(border, color="black", linewidth=0.6)
+    for axes in (tokens_map, segments_map):
+        axes.tick_params(bottom=False)
         if depth > 1:
             axes.set_ylabel("layer")
             number_axis(axes.yaxis, depth)
@@ -88,14 +92,19 @@ def _at(scores: torch.Tensor, kept: torch.Tensor, dim: int) -> torch.Tensor:
     return scores.new_full(shape, float("nan")).index_copy(dim, kept.nonzero()[:, 0], scores)
 
 
-def _heat_map(axes: Axes, scores: torch.Tensor, pruned: torch.Tensor) -> None:
+def _heat_map(axes: Axes, scores: torch.Tensor) -> None:
     """Red for what is missed, blue for what is not; the colours end at the largest score, of either sign."""
     limit = float(scores[scores.isfinite()].abs().max()) or 1.0
     image = axes.imshow(scores.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     axes.set_facecolor("0.9")
-    columns, rows = np.meshgrid(pruned.nonzero()[:, 0].numpy(), np.arange(len(scores)))
-    size = 5 if scores.shape[1] < 30 else 2.2
-    axes.plot(columns.flatten(), rows.flatten(), "x", color="black", markersize=size, markeredgewidth=size / 5)
     figure = axes.get_figure()
     assert figure is not None
-    figure.colorbar(image, ax=axes, label="rise of the loss without it", pad=0.02)
+    figure.colorbar(image, ax=axes, label="rise of the loss\nwithout it", pad=0.02)
+
+
+def _strip(axes: Axes, kept: torch.Tensor) -> None:
+    """What is pruned, in black: the same in all layers."""
+    axes.imshow(kept[None].numpy(), cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    axes.set_yticks([0], ["pruned"])
+    axes.tick_params(left=False)
+    axes.set_xlabel("visual prompt")
