@@ -3,7 +3,7 @@
     python docs/make_pictures.py
 
 writes `docs/images/*.png`, in a few minutes on one core. What it trains is small: the backbone that comes with the
-repository, 200 labelled images, 10 visual and 5 key-value prompts.
+repository, 500 labelled images, 10 visual and 40 separate key-value prompts, as in the quickstart.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from e2vpt_peft.plots import (
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
-TRAINING_IMAGES = 200
+TRAINING_IMAGES = 500
 
 
 def load_samples(size: int) -> list[dict[str, Any]]:
@@ -54,12 +54,21 @@ def make_model() -> PeftModel:
     set_seed(0)
     backbone = ROOT / "examples" / "backbone"
     vit = AutoModelForImageClassification.from_pretrained(backbone, num_labels=10, ignore_mismatched_sizes=True)
-    config = E2VPTConfig(num_visual_prompts=10, num_kv_prompts=5, prompt_dropout=0.0, modules_to_save=["classifier"])
+    config = E2VPTConfig(num_kv_prompts=40, share_kv_prompts=False, prompt_dropout=0.0, modules_to_save=["classifier"])
     return get_peft_model(vit, config)
 
 
+def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The rates of the quickstart."""
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    rates = {"e2vpt_visual_prompts": 3e-2, "e2vpt_kv_prompts": 3e-1, "classifier": 1e-1}
+    return torch.optim.AdamW(
+        [{"params": [p for name, p in trainable.items() if part in name], "lr": rate} for part, rate in rates.items()]
+    )
+
+
 def train(model: PeftModel, samples: list[dict[str, Any]], epochs: int) -> None:
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    optimizer = make_optimizer(model)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     model.train()
     for _ in range(epochs):
@@ -80,15 +89,21 @@ def accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
+class Search(E2VPTTrainer):
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self.model)  # type: ignore[arg-type]
+        return self.optimizer
+
+
 def search(samples: list[dict[str, Any]], validation: list[dict[str, Any]], epochs: int) -> dict[str, Any]:
     """The table of candidates that E2VPTTrainer writes."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = E2VPTTrainer(
+        trainer = Search(
             model=make_model(),
             args=TrainingArguments(
                 folder,
                 num_train_epochs=epochs,
-                learning_rate=1e-2,
                 lr_scheduler_type="cosine",
                 per_device_train_batch_size=32,
                 save_strategy="no",
@@ -111,25 +126,30 @@ def search(samples: list[dict[str, Any]], validation: list[dict[str, Any]], epoc
 def main(argv: list[str] | None = None) -> None:
     """Train, and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=30, help="Epochs of the adapter that is looked at.")
-    parser.add_argument("--search_epochs", type=int, default=15, help="Epochs of each candidate of the search.")
+    parser.add_argument("--epochs", type=int, default=20, help="Epochs of the adapter that is looked at.")
+    parser.add_argument("--search_epochs", type=int, default=10, help="Epochs of each candidate of the search.")
     parser.add_argument("--out", type=Path, default=IMAGES, help="The folder for the pictures.")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
 
     model = make_model()
     samples = load_samples(model.config.image_size)
-    training, test = samples[:TRAINING_IMAGES], samples[TRAINING_IMAGES : TRAINING_IMAGES + 600]
+    training, test = samples[:TRAINING_IMAGES], samples[TRAINING_IMAGES:]
     train(model, training, args.epochs)
     model.eval()
 
     images = torch.stack([sample["pixel_values"] for sample in test])
     labels = [sample["labels"] for sample in test]
+    with torch.no_grad():
+        right = (model(pixel_values=images).logits.argmax(-1) == torch.tensor(labels)).float().mean().item()
+    print(f"accuracy of the adapter on {len(test)} test images: {right:.1%}")
     with model.disable_adapter():
         frozen = class_token(model, images)
     features = {"frozen backbone": frozen, "with E²VPT": class_token(model, images)}
-    plot_features(features, labels).savefig(args.out / "features_pca.png", dpi=110)
-    plot_features(features, labels, method="tsne").savefig(args.out / "features_tsne.png", dpi=110)
+    chosen = slice(0, 500)  # more dots would hide each other
+    features = {title: values[chosen] for title, values in features.items()}
+    plot_features(features, labels[chosen]).savefig(args.out / "features_pca.png", dpi=110)
+    plot_features(features, labels[chosen], method="tsne").savefig(args.out / "features_tsne.png", dpi=110)
 
     plot_attention_to_prompts(model, {"pixel_values": images[:64]}).savefig(args.out / "attention.png", dpi=110)
     plot_attention_on_image(model, {"pixel_values": images[:3]}).savefig(args.out / "attention_image.png", dpi=110)
@@ -139,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     prune_prompts(model, score_prompts(model, loader, progress_bar=False), token_rate=0.3, segment_rate=0.5)
     plot_importance(model, by_layer).savefig(args.out / "importance.png", dpi=110)
 
-    results = search(training, test[:300], args.search_epochs)
+    results = search(training, test[:500], args.search_epochs)
     plot_candidates(results).savefig(args.out / "candidates.png", dpi=110)
 
 
