@@ -3,7 +3,7 @@
     python docs/make_pictures.py
 
 writes `docs/images/*.png`, in a few minutes on one core. What it trains is small: the backbone that comes with the
-repository, 500 labelled images, 10 visual and 40 separate key-value prompts, as in the quickstart.
+repository, 500 labelled images (200 in the search), 10 visual and 5 key-value prompts.
 """
 
 from __future__ import annotations
@@ -54,21 +54,11 @@ def make_model() -> PeftModel:
     set_seed(0)
     backbone = ROOT / "examples" / "backbone"
     vit = AutoModelForImageClassification.from_pretrained(backbone, num_labels=10, ignore_mismatched_sizes=True)
-    config = E2VPTConfig(num_kv_prompts=40, share_kv_prompts=False, prompt_dropout=0.0, modules_to_save=["classifier"])
-    return get_peft_model(vit, config)
-
-
-def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The rates of the quickstart."""
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    rates = {"e2vpt_visual_prompts": 3e-2, "e2vpt_kv_prompts": 3e-1, "classifier": 1e-1}
-    return torch.optim.AdamW(
-        [{"params": [p for name, p in trainable.items() if part in name], "lr": rate} for part, rate in rates.items()]
-    )
+    return get_peft_model(vit, E2VPTConfig(prompt_dropout=0.0, modules_to_save=["classifier"]))
 
 
 def train(model: PeftModel, samples: list[dict[str, Any]], epochs: int) -> None:
-    optimizer = make_optimizer(model)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     model.train()
     for _ in range(epochs):
@@ -89,21 +79,15 @@ def accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-class Search(E2VPTTrainer):
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            self.optimizer = make_optimizer(self.model)  # type: ignore[arg-type]
-        return self.optimizer
-
-
 def search(samples: list[dict[str, Any]], validation: list[dict[str, Any]], epochs: int) -> dict[str, Any]:
     """The table of candidates that E2VPTTrainer writes."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Search(
+        trainer = E2VPTTrainer(
             model=make_model(),
             args=TrainingArguments(
                 folder,
                 num_train_epochs=epochs,
+                learning_rate=1e-2,
                 lr_scheduler_type="cosine",
                 per_device_train_batch_size=32,
                 save_strategy="no",
@@ -114,7 +98,7 @@ def search(samples: list[dict[str, Any]], validation: list[dict[str, Any]], epoc
             eval_dataset=validation,  # type: ignore[arg-type]
             compute_metrics=accuracy,
             pruning_config=PruningConfig(
-                token_rates=[0.2, 0.4, 0.6, 0.8], segment_rates=[0.0, 0.3, 0.6], metric_for_best_model="accuracy"
+                token_rates=[0.2, 0.5, 0.8], segment_rates=[0.0, 0.3, 0.6], metric_for_best_model="accuracy"
             ),
         )
         metrics: Any = trainer.train().metrics
@@ -127,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train, and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=20, help="Epochs of the adapter that is looked at.")
-    parser.add_argument("--search_epochs", type=int, default=10, help="Epochs of each candidate of the search.")
+    parser.add_argument("--search_epochs", type=int, default=8, help="Epochs of each candidate of the search.")
     parser.add_argument("--out", type=Path, default=IMAGES, help="The folder for the pictures.")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -152,14 +136,16 @@ def main(argv: list[str] | None = None) -> None:
     plot_features(features, labels[chosen], method="tsne").savefig(args.out / "features_tsne.png", dpi=110)
 
     plot_attention_to_prompts(model, {"pixel_values": images[:64]}).savefig(args.out / "attention.png", dpi=110)
-    plot_attention_on_image(model, {"pixel_values": images[:3]}).savefig(args.out / "attention_image.png", dpi=110)
+    plot_attention_on_image(model, {"pixel_values": images[:3]}, layer=3).savefig(
+        args.out / "attention_image.png", dpi=110
+    )
 
     loader = DataLoader(training, batch_size=100)  # type: ignore[arg-type]
     by_layer = score_prompts_by_layer(model, loader, progress_bar=False)
     prune_prompts(model, score_prompts(model, loader, progress_bar=False), token_rate=0.3, segment_rate=0.5)
     plot_importance(model, by_layer).savefig(args.out / "importance.png", dpi=110)
 
-    results = search(training, test[:500], args.search_epochs)
+    results = search(training[:200], test[:500], args.search_epochs)
     plot_candidates(results).savefig(args.out / "candidates.png", dpi=110)
 
 
