@@ -10,10 +10,10 @@ quickstart: $(VENV)/.examples ## adapt a real vision transformer to real digits 
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.dev ## the whole test suite, slow tests included
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 test-fast: $(VENV)/.dev ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -41,4 +41,5 @@ $(VENV)/.examples: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP_INSTALL) --editable '.[dev]'
+	$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/timm timm # aside: without torchvision it breaks what finds it
 	touch $@

@@ -8,26 +8,33 @@ from .config import E2VPTConfig
 from .importance import PromptScores, score_prompts, score_prompts_by_layer
 from .layer import E2VPTLayer
 from .model import E2VPTModel
+from .model_card import CardDetails, push_model_card, write_model_card
 from .peft_type import E2VPTType, register_with_peft
 from .pruning import PruningSummary, prune_prompts, rewind_prompts
-from .trainer import E2VPTTrainer, PruningArguments, PruningConfig
+from .trainer import E2VPTTrainer, ModelCardTrainer, PruningArguments, PruningConfig
+from .verification import check_prefix
 from .version import __version__
 
 __all__ = [
+    "CardDetails",
     "E2VPTConfig",
     "E2VPTLayer",
     "E2VPTModel",
     "E2VPTTrainer",
     "E2VPTType",
+    "ModelCardTrainer",
     "PromptScores",
     "PruningArguments",
     "PruningConfig",
     "PruningSummary",
     "__version__",
+    "check_prefix",
     "prune_prompts",
+    "push_model_card",
     "rewind_prompts",
     "score_prompts",
     "score_prompts_by_layer",
+    "write_model_card",
 ]
 
 register_with_peft(E2VPTConfig, E2VPTModel)

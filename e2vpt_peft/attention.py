@@ -83,12 +83,15 @@ def prefix_attention(
         of the sequence.
 
     Raises:
-        ValueError: The attention is causal, or has a window that the implementation counts from the first key.
+        ValueError: The attention has a window that the implementation counts from the first key.
     """
     layer: E2VPTLayer = module.config._layer  # type: ignore[assignment, union-attr]
     implementation: str = layer.config._attn_implementation
-    if kwargs.get("is_causal"):  # sdpa would silently drop the last keys
-        raise ValueError(f"{type(module).__name__} ran with is_causal=True: E2VPT needs bidirectional attention.")
+    if kwargs.get("is_causal") and attention_mask is None and implementation == "sdpa":
+        # A text encoder (CLIP) asks for a causal mask like that, which would be counted from the first key.
+        length = key.shape[2]
+        attention_mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=key.device).tril()
+        kwargs["is_causal"] = False
     if kwargs.get("sliding_window") is not None and "flash" in implementation:
         raise ValueError(
             f"{type(module).__name__} has a sliding window, from which '{implementation}' would exclude the "
@@ -100,14 +103,14 @@ def prefix_attention(
     )
     if kwargs.get("position_bias") is not None:
         kwargs["position_bias"] = F.pad(kwargs["position_bias"], (prefix.keys.shape[1], 0))
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, layer.site.eager_attention)
+    eager: Any = layer.site.eager_attention
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     # The wrapper stands in for its base layer because it has the real config, which the implementations may read.
-    return attend(layer, query, _prepend(prefix.keys, key), _prepend(prefix.values, value), attention_mask, **kwargs)
+    return attend(layer, query, prepend(prefix.keys, key), prepend(prefix.values, value), attention_mask, **kwargs)
 
 
 def eager_attention_of(module: nn.Module) -> Optional[Callable[..., Any]]:
-    """The eager attention function that a module passes to the attention interface; `None` if it does not call "
-    "that."""
+    """The eager attention function that a module passes to the attention interface; `None` if it calls no such."""
     forward = inspect.unwrap(type(module).forward)
     names = forward.__code__.co_names
     if "get_interface" not in names:
@@ -196,7 +199,16 @@ def _extend_block_mask(
     return create_block_mask(may_see, states.shape[0], None, queries, length + count, device=str(states.device))
 
 
-def _prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+def prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Put the rows of a prefix in front of keys or values.
+
+    Args:
+        prefix (`torch.Tensor`): Of shape (batch size or 1, rows, heads, head size).
+        states (`torch.Tensor`): Of shape (batch size, heads, length, head size).
+
+    Returns:
+        `torch.Tensor`: (batch size, heads, rows + length, head size).
+    """
     # Joined as (batch, length, heads, head size), the layout in memory of what the projections give, because copying
     # whole rows is much faster than copying head by head.
     prefix = prefix.to(states.dtype).expand(states.shape[0], -1, -1, -1)

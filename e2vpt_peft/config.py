@@ -54,6 +54,10 @@ class E2VPTConfig(PeftConfig):
             The normalisation layer in front of the attention, which deep visual prompts pass before they are
             projected: the name of an attribute of the attention's parent or grandparent, or `"none"` for a model that
             has none there (post-norm). Only needed for architectures that this package does not know.
+        num_special_tokens (`Optional[int]`):
+            The number of tokens in front of the others (class token, registers), behind which shallow visual prompts
+            are inserted. Only needed for shallow prompts and architectures that this package does not know, for which
+            it is taken to be 0.
         backbone (`Optional[dict[str, Any]]`):
             The sizes of the backbone that the adapter was made for: not to be set by hand. Filled in when the adapter
             is made, saved with it, and checked when it is loaded, so that an adapter that does not fit is refused
@@ -143,6 +147,15 @@ class E2VPTConfig(PeftConfig):
             )
         },
     )
+    num_special_tokens: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": (
+                "Number of tokens in front of the others, behind which shallow visual prompts are inserted. Only "
+                "needed for architectures that the package does not know."
+            )
+        },
+    )
     backbone: Optional[dict[str, Any]] = field(
         default=None,
         metadata={
@@ -176,6 +189,8 @@ class E2VPTConfig(PeftConfig):
         for name in ("prompt_dropout", "kv_prompt_dropout"):
             _check_probability(name, getattr(self, name))
         check_integer("num_segments", self.num_segments, at_least=1)
+        if self.num_special_tokens is not None:
+            check_integer("num_special_tokens", self.num_special_tokens, at_least=0)
         if self.token_mask is not None:
             _check_mask("token_mask", self.token_mask, [self.num_visual_prompts])
         if self.segment_mask is not None:

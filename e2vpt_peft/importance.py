@@ -250,9 +250,10 @@ def _signed(probe: _Probe) -> Scores:
     """d loss / d mask, for masks of ones on tokens and on segments, shared by all layers."""
     leaves = [prompts.clone().requires_grad_() for prompts in probe.prompts]
     gradients = torch.autograd.grad(probe.loss(leaves), leaves)
-    products = sum((g.double() * p.double()).cpu() for g, p in zip(gradients, probe.prompts))
-    assert isinstance(products, torch.Tensor)
-    segments = products.unflatten(-1, (-1, probe.segments)).sum(-2)
+    segments = torch.zeros(probe.kept.shape, dtype=torch.float64)
+    for gradient, prompts in zip(gradients, probe.prompts):  # whose hidden sizes may differ
+        products = (gradient.double() * prompts.double()).cpu()
+        segments += products.unflatten(-1, (-1, probe.segments)).sum(-2)
     return segments.sum(-1), segments
 
 

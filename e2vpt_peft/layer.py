@@ -51,7 +51,6 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, site: AttentionSite) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.config: Any = base_layer.config
         # In a tuple, to keep the norm's owner, which is an ancestor, out of the module tree. The norm itself is
         # looked up at every call, because it may be wrapped later, for example by `modules_to_save`.
         self._site = (site,)
@@ -72,7 +71,9 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.training = base_layer.training
-        base_layer.config = PrefixedConfig(self.config, self)  # type: ignore[assignment]
+        if site.eager_attention is not None:
+            self.config: Any = base_layer.config
+            base_layer.config = PrefixedConfig(self.config, self)  # type: ignore[assignment]
 
     @property
     def site(self) -> AttentionSite:
@@ -308,12 +309,25 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         weight = getattr(norm, "weight", None)
         normed = norm(torch.cat(list(prompts.values()), 1).to(dtype if weight is None else weight.dtype))
         lengths = [part.shape[1] for part in prompts.values()]
-        heads = (self.site.num_heads, self.site.head_size)
-        keys, values = (
-            getattr(self.base_layer, name)(normed).unflatten(-1, heads).split(lengths, 1)
-            for name in (self.site.key_projection, self.site.value_projection)
-        )
+        keys, values = (rows.split(lengths, 1) for rows in self._keys_and_values(normed))
         return dict(zip(prompts, zip(keys, values)))
+
+    def _keys_and_values(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Project (samples, number of prompts, hidden size) to (samples, number of prompts, heads, head size)."""
+        site, attention = self.site, self.base_layer
+        heads = (site.num_heads, site.head_size)
+        if site.key_projection == site.value_projection:
+            _, keys, values = getattr(attention, site.key_projection)(normed).unflatten(-1, (3, *heads)).unbind(-3)
+        else:
+            keys = getattr(attention, site.key_projection)(normed).unflatten(-1, heads)
+            values = getattr(attention, site.value_projection)(normed).unflatten(-1, heads)
+        if site.key_norm is not None:
+            key_norm: Any = getattr(attention, site.key_norm)
+            if isinstance(key_norm, nn.Identity) or key_norm.weight.numel() == site.head_size:
+                keys = key_norm(keys)
+            else:  # over all heads together
+                keys = key_norm(keys.flatten(-2)).unflatten(-1, heads)
+        return keys, values
 
     def keys_and_values(self, prompts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What visual prompts become in the attention of this layer.
@@ -345,6 +359,9 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         raise ValueError(CANNOT_MERGE)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.site.interception is not None and self.has_prefix:
+            with self.site.interception(self):
+                return self.base_layer(*args, **kwargs)
         return self.base_layer(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -16,7 +16,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import ARCHITECTURES, AttentionSite, find_attention_site
+from .architectures import AttentionSite, explain_no_default_targets, find_attention_site, find_default_targets
 from .compatibility import check_adapter_name, check_backbone, check_prompts, describe_backbone
 from .config import E2VPTConfig
 from .heads import check_modules_to_save, route_modules_to_save
@@ -65,7 +65,7 @@ class E2VPTModel(BaseTuner):
 
     prefix: str = "e2vpt_"
     tuner_layer_cls = E2VPTLayer
-    target_module_mapping = {name: architecture.target_modules for name, architecture in ARCHITECTURES.items()}
+    target_module_mapping: dict[str, list[str]] = {}  # found in the model instead, see `find_default_targets`
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         adapters: dict[str, PeftConfig] = getattr(model, "peft_config", {})
@@ -81,15 +81,12 @@ class E2VPTModel(BaseTuner):
             raise
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        model_type = model_config.get("model_type")
         assert isinstance(peft_config, E2VPTConfig)
-        if peft_config.target_modules is None and model_type not in self.target_module_mapping:
-            raise ValueError(
-                f"target_modules=None: there are no ready-made targets for model type {model_type!r}, only for "
-                f"{', '.join(sorted(self.target_module_mapping))}. Set target_modules to the names of the "
-                "self-attention modules."
-            )
-        return super()._prepare_adapter_config(peft_config, model_config)
+        if peft_config.target_modules is None:
+            peft_config.target_modules = set(find_default_targets(self.model))  # type: ignore[assignment]
+            if not peft_config.target_modules:
+                raise ValueError(explain_no_default_targets(self.model))
+        return peft_config
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Check all targets, so that an error leaves the model as it was."""
@@ -110,6 +107,13 @@ class E2VPTModel(BaseTuner):
                 )
         self._check_layer_indices(peft_config, model)
         if peft_config.visual_prompt_depth == "shallow" and peft_config.num_visual_prompts:
+            for name, site in sites.items():
+                if site.num_special_tokens is None:
+                    raise ValueError(
+                        f"visual_prompt_depth='shallow': no tokens can be inserted in front of '{name}' "
+                        f"({type(model.get_submodule(name)).__name__}), whose windows or positions would not fit. Use "
+                        "visual_prompt_depth='deep'."
+                    )
             stacks = {id(_find_stack(model, name)[0]) for name in names}
             if len(stacks) > 1:
                 raise ValueError(
@@ -182,7 +186,8 @@ class E2VPTModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, E2VPTLayer):  # unloading, where PEFT expects modules with a weight
-            new_module.config = child.config
+            if child.site.eager_attention is not None:
+                new_module.config = child.config
             setattr(parent, child_name, new_module)
             if child.token_insertion is not None:
                 child.token_insertion.remove()
@@ -194,7 +199,7 @@ class E2VPTModel(BaseTuner):
         neighbours = [module for module in stack.modules() if isinstance(module, E2VPTLayer)]
         insertion = next((other.token_insertion for other in neighbours if other.token_insertion), None)
         if insertion is None:
-            insertion = TokenInsertion(stack, ancestors, layer.site.num_special_tokens)
+            insertion = TokenInsertion(stack, ancestors, layer.site.num_special_tokens or 0)
         insertion.owners[index] = layer
         layer.token_insertion = insertion
 
@@ -216,7 +221,7 @@ class E2VPTModel(BaseTuner):
         module = model.get_submodule(name)
         if isinstance(module, E2VPTLayer):
             return module.site
-        return find_attention_site(model, name, peft_config.attention_norm)
+        return find_attention_site(model, name, peft_config.attention_norm, peft_config.num_special_tokens)
 
     def _check_merge_allowed(self) -> NoReturn:
         raise ValueError(CANNOT_MERGE)

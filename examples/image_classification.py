@@ -39,13 +39,12 @@ from transformers import (
     AutoModelForImageClassification,
     HfArgumentParser,
     PreTrainedModel,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
-from e2vpt_peft import E2VPTConfig, E2VPTTrainer, PruningConfig
+from e2vpt_peft import E2VPTConfig, E2VPTTrainer, ModelCardTrainer, PruningConfig
 
 HERE = Path(__file__).parent
 
@@ -419,7 +418,7 @@ def preprocess(
 
 def load_backbone(args: ModelArguments, label: ClassLabel) -> PreTrainedModel:
     """The pretrained model with a head for the labels; a head of another size is replaced by a new one."""
-    model = AutoModelForImageClassification.from_pretrained(
+    return AutoModelForImageClassification.from_pretrained(
         args.model,
         revision=args.model_revision,
         id2label=dict(enumerate(label.names)),
@@ -427,8 +426,6 @@ def load_backbone(args: ModelArguments, label: ClassLabel) -> PreTrainedModel:
         ignore_mismatched_sizes=True,
         attn_implementation=args.attn_implementation,
     )
-    model.add_model_tags(["e2vpt", "image-classification"])  # for the model card
-    return model
 
 
 def head_names(model: nn.Module) -> list[str]:
@@ -488,8 +485,8 @@ def settle(args: Arguments) -> None:
 
 def make_trainer(
     args: Arguments, model: PeftModel, processor: Any, data: DatasetDict, metric: Callable[..., dict[str, float]]
-) -> Trainer:
-    """transformers' `Trainer`, or with `--prune` the one that also prunes, rewinds and trains again."""
+) -> ModelCardTrainer:
+    """A `Trainer` that writes a full model card; with `--prune`, it also prunes, rewinds and trains again."""
     options: dict[str, Any] = {
         "model": model,
         "args": args.training,
@@ -501,7 +498,7 @@ def make_trainer(
     if not args.pruning.prune:
         if TOGETHER in data:
             options.update(train_dataset=data[TOGETHER], eval_dataset=data["test"])
-        return Trainer(**options)
+        return ModelCardTrainer(**options)
     names = names_of(PruningConfig) - names_of(TrainingArguments)
     config = PruningConfig(**{name: getattr(args.pruning, name) for name in names})
     return E2VPTTrainer(**options, pruning_config=config, final_train_dataset=data.get(TOGETHER))
@@ -559,10 +556,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     if training.do_train:
         card: dict[str, Any] = {
-            "tasks": "image-classification",
             "finetuned_from": args.model.model,
             "dataset": args.data.dataset or "scikit-learn handwritten digits",
+            "dataset_args": args.data.dataset_config,
         }
+        if trainer.eval_dataset is data.get("test"):  # with train_on_validation
+            card["eval_split"] = "test"
         if training.push_to_hub:
             trainer.push_to_hub(**card)
         elif trainer.is_world_process_zero():

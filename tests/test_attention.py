@@ -88,13 +88,6 @@ def test_shallow_prompts_are_rows_and_columns_behind_the_special_tokens():
     assert [attention.shape for attention in attentions] == [(3, 4, 21, 24)] * 3
 
 
-def test_a_causal_call_is_refused():
-    model = get_peft_model(tiny_vit(), E2VPTConfig()).eval()
-    hidden_states = torch.randn(2, 17, 32)
-    with pytest.raises(ValueError, match="is_causal=True.*bidirectional"):
-        model.base_model.model.vit.layers[0].attention(hidden_states, is_causal=True)
-
-
 def test_a_sliding_window_under_flash_attention_is_refused(recorded_implementations):
     AttentionInterface.register("flash_stub", lambda *args, **kwargs: None)
     try:

@@ -17,7 +17,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .snapshot import Snapshot
 
-FOLDER, RECORDS = "pruning_state", "state.json"
+FOLDER, RECORDS = "_pruning_state", "state.json"
+"""Trainer does not push what begins with an underscore."""
+
 T = TypeVar("T")
 
 
@@ -48,7 +50,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 class SearchState:
-    """The folder `pruning_state` in the output directory.
+    """The folder `_pruning_state` in the output directory.
 
     `state.json` holds the settings and one record per finished phase; each record is written after the tensors that
     belong to it. Each phase has a folder in which Trainer keeps its checkpoints until the phase is finished.

@@ -15,7 +15,7 @@ from typing import Any, Optional
 from peft import PeftModel
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import Trainer, enable_full_determinism, set_seed
+from transformers import enable_full_determinism, set_seed
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
@@ -23,6 +23,7 @@ from ..config import E2VPTConfig
 from ..importance import PromptScores, prompted_layers, score_prompts
 from ..pruning import rewind_prompts, set_masks
 from .config import PruningArguments, PruningConfig
+from .model_card import ModelCardTrainer, results_in
 from .search import Candidate, choose, list_candidates, plan_rounds, search
 from .snapshot import restore_initial_values, restore_snapshot, take_initial_values, take_snapshot
 from .state import SearchState, on_main_process, write_atomically
@@ -54,7 +55,7 @@ class _Table(list):
         return format(str(self), specification)
 
 
-class E2VPTTrainer(Trainer):
+class E2VPTTrainer(ModelCardTrainer):
     """A Trainer that finds out which visual prompts are worth their place.
 
     [`train`] tunes the adapter, scores its visual prompts and their segments on the training data, and tries to prune
@@ -66,8 +67,10 @@ class E2VPTTrainer(Trainer):
     The winner's own weights are kept: trained anew with the same data and seed, it would come out the same. With
     `final_train_dataset` it is rewound and trained once more, on that.
 
+    The adapter that it saves or pushes has a model card with all that the search found out, see [`ModelCardTrainer`].
+
     Every phase is a training of its own, with the callbacks, the evaluation and the checkpoints that the
-    [`~transformers.TrainingArguments`] ask for. All that it writes into the output directory is `pruning_state/`,
+    [`~transformers.TrainingArguments`] ask for. All that it writes into the output directory is `_pruning_state/`,
     `pruning_results.json` and, if matplotlib is installed, `pruning_results.png`.
 
     Args:
@@ -344,6 +347,30 @@ class E2VPTTrainer(Trainer):
             from ..plots import plot_candidates
 
             plot_candidates(results).savefig(folder / PLOT, dpi=150)
+
+    def _card_metrics(self) -> dict[str, float]:
+        history: list[Any] = self.state.log_history
+        done = [index for index, entry in enumerate(history) if entry.get("phase") == "done"]
+        if not done:
+            return super()._card_metrics()
+        # What comes before are the results of other candidates, and the metric that decided is of weights that a
+        # final training has replaced.
+        return results_in(history[done[-1] + (self.final_train_dataset is not None) :])
+
+    def _card_pruning(self) -> Optional[str]:
+        history: list[Any] = self.state.log_history
+        messages = [entry["message"] for entry in history if entry.get("phase") == "done"]
+        if not messages:
+            return None
+        config = self.pruning_config
+        tokens, segments = (
+            ", ".join(f"{rate:g}" for rate in rates) for rates in (config.token_rates, config.segment_rates)
+        )
+        return (
+            f"Prompts were scored by their importance `{config.importance}` and pruned at rates of {tokens} (visual "
+            f"prompts) and {segments} (segments); each candidate was rewound and trained again (`{config.search}` "
+            f"search). {messages[-1]}"
+        )
 
     def _metric(self) -> tuple[str, bool]:
         """The name of the metric that decides, and whether larger is better."""

@@ -139,5 +139,5 @@ def test_e2vpt_beats_the_linear_probe(tmp_path: Path) -> None:
     """By points, not by chance; docs/quickstart.md has the gains of five seeds."""
     runs = [quickstart.main([f"--seed={seed}", f"--output_dir={tmp_path / str(seed)}"]) for seed in (1, 2)]
     gains = [adapted.accuracy - probe.accuracy for probe, adapted in runs]
-    assert min(gains) > 0.01, gains
-    assert statistics.mean(gains) > 0.02, gains
+    assert min(gains) > 0.02, gains
+    assert statistics.mean(gains) > 0.03, gains

@@ -79,7 +79,7 @@ def start(folder: Any, events: Events, resume: bool, **options: Any) -> Any:
 
     As soon as the initial values are on disk, with a model that is initialised with others: it must not matter.
     """
-    records = Path(folder) / "pruning_state" / "state.json"
+    records = Path(folder) / "_pruning_state" / "state.json"
     seed = 1000 if records.exists() and "start" in json.loads(records.read_text())["records"] else 0
     pruning = options.pop("pruning", {})
     trainer = InterruptedTrainer(
@@ -102,7 +102,7 @@ def start(folder: Any, events: Events, resume: bool, **options: Any) -> Any:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     target, number, given = sys.argv[1:]
-    resumed = os.path.exists(os.path.join(target, "pruning_state"))
+    resumed = os.path.exists(os.path.join(target, "_pruning_state"))
     kill = Events(float(number), lambda: os.kill(os.getpid(), signal.SIGKILL))
     finished, _ = start(target, kill, resumed, **json.loads(given))
     finished.save_model(os.path.join(target, "result"))

@@ -36,7 +36,7 @@ def test_two_processes_do_what_one_does_and_go_on_after_being_killed(tmp_path):
     process = launch(two)
     assert process.returncode == 0, process.stderr
     for phase in ("tune", "scores", "candidate-1", "candidate-2"):
-        file = f"pruning_state/{phase}.safetensors"
+        file = f"_pruning_state/{phase}.safetensors"
         same(load_file(two / file), load_file(one / file), 1e-5)
     ranks = [load_file(two / f"rank{rank}.safetensors") for rank in (0, 1)]
     same(*ranks, 0)
@@ -49,7 +49,7 @@ def test_two_processes_do_what_one_does_and_go_on_after_being_killed(tmp_path):
     assert sum(loaded.peft_config["default"].token_mask or [True] * 4) == int(ranks[0]["token_mask"].sum())
 
     assert launch(killed, kill_at="18").returncode != 0  # in the second epoch of the first candidate
-    records = json.loads((killed / "pruning_state" / "state.json").read_text())["records"]
+    records = json.loads((killed / "_pruning_state" / "state.json").read_text())["records"]
     assert "tune" in records and "candidate-1" not in records
     process = launch(killed, resume=True)
     assert process.returncode == 0, process.stderr

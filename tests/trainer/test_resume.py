@@ -168,23 +168,23 @@ def test_a_search_is_not_resumed_with_other_settings(tmp_path, changes, words):
 
     with pytest.raises(Interruption):
         make_trainer(tmp_path, callbacks=[Stop()]).train()
-    before = (tmp_path / "pruning_state" / "state.json").read_text()
+    before = (tmp_path / "_pruning_state" / "state.json").read_text()
     with pytest.raises(ValueError) as raised:
         make_trainer(tmp_path, **changes).train(resume_from_checkpoint=True)
     for word in words:
         assert word in str(raised.value)
-    assert (tmp_path / "pruning_state" / "state.json").read_text() == before
+    assert (tmp_path / "_pruning_state" / "state.json").read_text() == before
 
 
 def test_starting_anew_keeps_the_state_of_the_search_before(tmp_path):
     config = pruning(token_rates=[0.5], segment_rates=[0.5])
     make_trainer(tmp_path, config=config).train()
-    (tmp_path / "pruning_state" / "mark").touch()
+    (tmp_path / "_pruning_state" / "mark").touch()
     trainings = Trainings()
     make_trainer(tmp_path, config=config, callbacks=[trainings]).train()
     assert trainings.folders == ["tune", "candidate-1"]
-    assert (tmp_path / "pruning_state.bak" / "mark").exists()
-    assert not (tmp_path / "pruning_state" / "mark").exists()
+    assert (tmp_path / "_pruning_state.bak" / "mark").exists()
+    assert not (tmp_path / "_pruning_state" / "mark").exists()
 
 
 @pytest.mark.slow

@@ -175,19 +175,19 @@ def test_arguments_and_other_files_are_left_alone(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} - {"pruning_results.png"} == {
         "notes.txt",
         "checkpoint-7",
-        "pruning_state",
+        "_pruning_state",
         "pruning_results.json",
     }
     assert (tmp_path / "checkpoint-7" / "file").read_text() == "mine too"
-    assert not list((tmp_path / "pruning_state").rglob("checkpoint-*")), "checkpoints of finished phases are not kept"
+    assert not list((tmp_path / "_pruning_state").rglob("checkpoint-*")), "checkpoints of finished phases are not kept"
 
 
 def test_a_folder_of_the_user_by_the_name_of_the_state_is_not_touched(tmp_path):
-    (tmp_path / "pruning_state").mkdir()
-    (tmp_path / "pruning_state" / "file").write_text("mine")
-    with pytest.raises(FileExistsError, match="pruning_state"):
+    (tmp_path / "_pruning_state").mkdir()
+    (tmp_path / "_pruning_state" / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="_pruning_state"):
         make_trainer(tmp_path).train()
-    assert [path.name for path in (tmp_path / "pruning_state").iterdir()] == ["file"]
+    assert [path.name for path in (tmp_path / "_pruning_state").iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 1e6])
@@ -386,7 +386,7 @@ def test_what_cannot_work_is_refused_before_training(tmp_path, options, words):
     for word in words:
         assert word in str(raised.value)
     assert trainings.folders == []
-    assert not (tmp_path / "pruning_state").exists()
+    assert not (tmp_path / "_pruning_state").exists()
 
 
 def test_several_active_adapters_are_refused(tmp_path):

@@ -1,0 +1,171 @@
+"""A key-value prefix for self-attention that has no attention interface to name another function in.
+
+While such a module runs, a [`~torch.overrides.TorchFunctionMode`] puts the prefix into the functions that it calls:
+into PyTorch's `scaled_dot_product_attention` (data2vec-vision, timm), or into the two products and the softmax of
+attention that is written out (swinv2). What cannot be followed raises an error, so that prompts are never lost.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from .attention import extend_mask, prepend
+
+if TYPE_CHECKING:
+    from .layer import E2VPTLayer
+
+
+def calls_sdpa(module: nn.Module) -> bool:
+    """Whether a module's own `forward` calls `scaled_dot_product_attention`."""
+    forward = inspect.unwrap(type(module).forward)
+    return "scaled_dot_product_attention" in forward.__code__.co_names
+
+
+class SdpaMode(TorchFunctionMode):
+    """Puts the prefix of a layer into the call of `scaled_dot_product_attention` that its attention makes.
+
+    Args:
+        layer ([`~e2vpt_peft.layer.E2VPTLayer`]): The adapted attention.
+    """
+
+    def __init__(self, layer: E2VPTLayer) -> None:
+        super().__init__()
+        self.layer: Optional[E2VPTLayer] = layer
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Optional[dict[str, Any]] = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or self.layer is None:
+            return func(*args, **kwargs)
+        layer, self.layer = self.layer, None
+        return _attend_with_prefix(layer, *args, **kwargs)
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        super().__exit__(exc_type, exc_value, traceback)
+        if exc_type is None and self.layer is not None:
+            raise RuntimeError(
+                f"{type(self.layer.base_layer).__name__} has not called scaled_dot_product_attention, so that its "
+                "prompts had no effect. Let it: for timm, fused_attn=True."
+            )
+
+
+def _attend_with_prefix(
+    layer: E2VPTLayer,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: Optional[torch.Tensor] = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **kwargs: Any,
+) -> torch.Tensor:
+    if is_causal:
+        raise ValueError(
+            f"{type(layer.base_layer).__name__} ran with is_causal=True: E2VPT needs bidirectional attention."
+        )
+    prefix = layer.prefix(query.shape[0], query.dtype)
+    attn_mask = extend_mask(attn_mask, prefix.keys.shape[1], prefix.visible, query, key.shape[2], "sdpa")
+    key, value = prepend(prefix.keys, key), prepend(prefix.values, value)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **kwargs)
+
+
+# What may happen to attention scores between the first product and the second, by the names of PyTorch's functions.
+SCALING = {"mul", "div", "truediv"}
+ADDING = {"add", "iadd", "sub", "masked_fill"}
+RESHAPING = {"view", "reshape", "contiguous", "float", "to", "type_as"}
+
+
+class ProductsMode(TorchFunctionMode):
+    """Puts the prefix of a layer into attention that is written out: `softmax(q k^T ...) v`.
+
+    The scores of the prefix are kept beside those of the sequence: both are scaled alike, only the latter have a
+    position bias or a mask, one softmax is over both, and the second product is the sum of both parts. Keys that are
+    normalised before the first product (cosine attention) are so in the prefix, too.
+
+    Args:
+        layer ([`~e2vpt_peft.layer.E2VPTLayer`]): The adapted attention.
+    """
+
+    def __init__(self, layer: E2VPTLayer) -> None:
+        super().__init__()
+        self.layer = layer
+        self.normalized: list[torch.Tensor] = []
+        self.own: Optional[torch.Tensor] = None
+        """The scores, later probabilities, of the sequence: (batch size, heads, length, length)."""
+        self.prefixed: Optional[torch.Tensor] = None
+        """Those of the prefix: (batch size, heads, length, prefix length)."""
+        self.values: Optional[torch.Tensor] = None
+        self.is_done = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Optional[dict[str, Any]] = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.__name__.strip("_")
+        if self.is_done:
+            return result
+        if self.own is not None:
+            is_concerned = any(arg is self.own for arg in args)
+            return self._follow(func, name, args, kwargs or {}, result) if is_concerned else result
+        if name == "normalize" or (name == "transpose" and self._is_normalized(args[0])):
+            self.normalized.append(result)
+        elif name == "matmul" and args[0].dim() == 4 and result.shape[-2] == result.shape[-1]:
+            self._start(args[0], args[1], result)
+        return result
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        super().__exit__(exc_type, exc_value, traceback)
+        if exc_type is None and not self.is_done:
+            raise RuntimeError(
+                f"{type(self.layer.base_layer).__name__} has not computed its attention as expected, so that its "
+                "prompts had no effect."
+            )
+
+    def _is_normalized(self, tensor: torch.Tensor) -> bool:
+        return any(tensor is other for other in self.normalized)
+
+    def _start(self, query: torch.Tensor, key: torch.Tensor, scores: torch.Tensor) -> None:
+        prefix = self.layer.prefix(query.shape[0], query.dtype)
+        keys, self.values = (rows.transpose(1, 2).to(query.dtype) for rows in prefix[:2])
+        if self._is_normalized(key):
+            keys = F.normalize(keys, dim=-1)
+        self.own, self.prefixed = scores, query @ keys.transpose(-1, -2)
+        if prefix.visible is not None:
+            self.prefixed = self.prefixed.masked_fill(~prefix.visible[:, None, None], float("-inf"))
+
+    def _follow(
+        self, func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any], result: torch.Tensor
+    ) -> torch.Tensor:
+        assert self.prefixed is not None and self.values is not None
+        if name in SCALING and args[0] is self.own and _is_one_per_row(args[1]):
+            self.prefixed = func(self.prefixed, args[1])
+        elif name == "softmax":
+            count = self.prefixed.shape[-1]
+            own = args[0].view(*self.prefixed.shape[:-1], -1)
+            self.prefixed, result = func(torch.cat([self.prefixed, own], -1), *args[1:], **kwargs).tensor_split(
+                [count], -1
+            )
+        elif name == "dropout":
+            self.prefixed = func(self.prefixed, *args[1:], **kwargs)
+        elif name == "matmul" and args[0] is self.own:
+            self.is_done = True
+            return result + self.prefixed @ self.values
+        elif name not in ADDING | RESHAPING:
+            raise RuntimeError(
+                f"{type(self.layer.base_layer).__name__} does something to its attention scores by which prompts "
+                f"cannot be followed: {name}."
+            )
+        self.own = result
+        return result
+
+
+def _is_one_per_row(factor: Any) -> bool:
+    return not isinstance(factor, torch.Tensor) or factor.dim() == 0 or factor.shape[-1] == 1

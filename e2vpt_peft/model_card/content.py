@@ -1,0 +1,192 @@
+"""The text and the metadata of a model card."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Optional
+
+import peft
+import torch
+import transformers
+from huggingface_hub import EvalResult, ModelCardData
+from transformers import PreTrainedModel
+from transformers.modelcard import TASK_TAG_TO_NAME_MAPPING
+
+from ..masks import segment_mask, token_mask
+from ..version import __version__
+from .adapter import AdapterFacts
+from .details import CardDetails
+from .readme import is_hub_id
+from .snippet import usage
+
+PAPER = "https://huggingface.co/papers/2307.13770"
+NO_RESULTS = ("epoch", "step", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+"""What Trainer returns along with the results."""
+
+
+class CardContent:
+    """What the card of an adapter says.
+
+    Args:
+        adapter ([`AdapterFacts`]): What can be seen from the model.
+        details ([`CardDetails`]): What cannot.
+    """
+
+    def __init__(self, adapter: AdapterFacts, details: CardDetails) -> None:
+        self.adapter, self.details = adapter, details
+        self.base_model = details.base_model or adapter.base_model
+        self.task = details.task or adapter.task
+        self.adapter_id = details.adapter_id or "path/to/the/adapter"
+        self.name = details.name or Path(self.adapter_id).resolve().name
+        is_local = details.dataset is not None and Path(details.dataset).exists()
+        self.dataset = Path(details.dataset).name if is_local and details.dataset else details.dataset
+
+    def metadata(self) -> ModelCardData:
+        tags = ["e2vpt", *(self.details.tags or [])]
+        if self.task is not None:
+            tags.append(self.task)
+        if isinstance(self.adapter.backbone, PreTrainedModel):
+            tags.append("transformers")
+        if is_hub_id(self.base_model):
+            tags.append(f"base_model:adapter:{self.base_model}")
+        return ModelCardData(
+            base_model=self.base_model if is_hub_id(self.base_model) else None,
+            datasets=[self.details.dataset] if is_hub_id(self.details.dataset) else None,
+            language=self.details.language,
+            library_name="peft",
+            license=self.details.license,
+            pipeline_tag=self.task,
+            tags=sorted(set(tags)),
+            model_name=self.name,
+            eval_results=self._eval_results() or None,
+        )
+
+    def text(self) -> str:
+        sections = [
+            self._introduction(),
+            self._use(),
+            self._prompts(),
+            self._pruning(),
+            self._results(),
+            self._training(),
+            self._versions(),
+        ]
+        return "\n".join(section for section in sections if section)
+
+    @cached_property
+    def results(self) -> dict[tuple[str, str], float]:
+        """Values by split and name."""
+        splits = {"eval_": self.details.eval_split, "test_": "test", "": ""}
+        found = {}
+        for key, value in (self.details.metrics or {}).items():
+            prefix = next(prefix for prefix in splits if key.startswith(prefix))
+            name = key.removeprefix(prefix)
+            if name not in NO_RESULTS:
+                found[splits[prefix], name] = float(value)
+        return found
+
+    def _introduction(self) -> str:
+        text = f"# {self.name}\n\nAn [E²VPT]({PAPER}) adapter for {_link(self.base_model)}"
+        text += f", trained on {_link(self.dataset, 'datasets/')}" if self.dataset else ""
+        trained = ["visual prompts"] if self.adapter.config.num_visual_prompts else []
+        trained += ["key-value prompts"] if self.adapter.config.num_kv_prompts else []
+        trained += [f"`{name}`" for name in self.adapter.trained_modules]
+        return f"{text}. The backbone is frozen; trained are {_enumerate(trained)}.\n"
+
+    def _use(self) -> str:
+        code = usage(self.adapter, self.adapter_id, self.base_model, self.details.processor_id, self.task)
+        return f"## Use\n\n```python\n{code}```\n"
+
+    def _prompts(self) -> str:
+        config, adapter = self.adapter.config, self.adapter
+        rows = []
+        if config.num_visual_prompts:
+            where = "per layer (deep)" if config.visual_prompt_depth == "deep" else "before the first layer (shallow)"
+            rows.append(("visual prompts", f"{_kept(token_mask(config))} {where}"))
+            rows.append(("segments of visual prompts", _kept(segment_mask(config))))
+        if config.num_kv_prompts:
+            sharing = "the same for keys and values" if config.share_kv_prompts else "keys and values apart"
+            rows.append(("key-value prompts", f"{config.num_kv_prompts} per head and layer, {sharing}"))
+        rows.append(("adapted layers", f"{len(adapter.layers)}"))
+        trainable, total = adapter.prompt_parameters + adapter.other_parameters, adapter.all_parameters
+        rows.append(("trainable parameters", f"{trainable:,} ({trainable / total:.2%} of {total:,})"))
+        rows.append(("of these, prompts", f"{adapter.prompt_parameters:,}"))
+        for name, module in adapter.trained_modules.items():
+            size = sum(parameter.numel() for parameter in module.parameters())
+            rows.append((f"of these, `{name}`", f"{size:,}"))
+        return "## Prompts\n\n" + _table(["", ""], rows)
+
+    def _pruning(self) -> str:
+        adapter = self.adapter
+        if not adapter.is_pruned and self.details.pruning is None:
+            return ""
+        tokens, segments = token_mask(adapter.config), segment_mask(adapter.config)
+        rows = [
+            ("visual prompts", f"{len(tokens):,}", f"{int(tokens.sum()):,}"),
+            ("segments of visual prompts", f"{segments.numel():,}", f"{int(segments.sum()):,}"),
+            (
+                "parameters of prompts",
+                f"{adapter.prompt_parameters_before_pruning:,}",
+                f"{adapter.prompt_parameters:,}",
+            ),
+        ]
+        text = "## Pruning\n\n" + _table(["", "before", "after"], rows)
+        return text + (f"\n{self.details.pruning}\n" if self.details.pruning else "")
+
+    def _results(self) -> str:
+        rows = [(name.replace("_", " "), split, f"{value:.4g}") for (split, name), value in self.results.items()]
+        if not rows:
+            return ""
+        return "## Results\n\n" + _table(["metric", "data", "value"], rows)
+
+    def _training(self) -> str:
+        if not self.details.arguments:
+            return ""
+        lines = [f"- {name}: {value}\n" for name, value in self.details.arguments.items()]
+        return "## Training\n\n" + "".join(lines)
+
+    def _versions(self) -> str:
+        # In the form in which PEFT looks for its version, so that it does not add it once more.
+        versions = [f"PEFT {peft.__version__}", f"e2vpt_peft {__version__}"]
+        versions += [f"Transformers {transformers.__version__}", f"PyTorch {torch.__version__}"]
+        return "### Framework versions\n\n" + "".join(f"- {version}\n" for version in versions)
+
+    def _eval_results(self) -> list[EvalResult]:
+        """The results as the Hub shows them, which wants task and data set with each."""
+        if self.task is None or self.dataset is None:
+            return []
+        return [
+            EvalResult(
+                task_type=self.task,
+                task_name=TASK_TAG_TO_NAME_MAPPING.get(self.task),
+                dataset_type=self.dataset,
+                dataset_name=self.dataset,
+                dataset_config=self.details.dataset_config,
+                dataset_split=split or None,
+                metric_type=name,
+                metric_name=name.replace("_", " ").capitalize(),
+                metric_value=value,
+            )
+            for (split, name), value in self.results.items()
+        ]
+
+
+def _link(name: Optional[str], folder: str = "") -> str:
+    if name is None:
+        return "a vision transformer"
+    return f"[{name}](https://huggingface.co/{folder}{name})" if is_hub_id(name) else f"`{name}`"
+
+
+def _kept(mask: torch.Tensor) -> str:
+    kept, number = int(mask.sum()), mask.numel()
+    return f"{kept:,}" if kept == number else f"{kept:,} of {number:,}"
+
+
+def _enumerate(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _table(head: list[str], rows: list[Any]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,0 +1,81 @@
+"""The code of a model card."""
+
+from __future__ import annotations
+
+import json
+from typing import Optional
+
+from transformers import PreTrainedModel
+
+from .adapter import AdapterFacts
+
+TASKS_WITH_LABELS = (
+    "audio-classification",
+    "image-classification",
+    "image-segmentation",
+    "object-detection",
+    "text-classification",
+    "token-classification",
+    "video-classification",
+)
+MOST_LABELS = 20
+"""With more classes than that, the code has their number in place of their names."""
+
+
+def usage(
+    adapter: AdapterFacts, adapter_id: str, base_model: Optional[str], processor_id: Optional[str], task: Optional[str]
+) -> str:
+    """Python code that loads backbone and adapter, and classifies an image if that is the task."""
+    backbone = adapter.backbone
+    is_from_transformers = type(backbone).__module__.startswith("transformers.")
+    classifies_images = task == "image-classification" and isinstance(backbone, PreTrainedModel)
+    processor = processor_id or base_model
+    folder = "" if adapter.name == "default" else f", subfolder={_text(adapter.name)}"
+    names = [*(["AutoImageProcessor"] if classifies_images else []), type(backbone).__name__]
+    lines = ["import e2vpt_peft  # registers the method with PEFT"]
+    lines += ["import torch"] if classifies_images else []
+    lines += ["from peft import PeftModel"]
+    lines += ["from PIL import Image"] if classifies_images else []
+    if is_from_transformers:
+        lines += [f"from transformers import {', '.join(names)}", ""]
+        arguments = [_text(base_model or "path/to/the/backbone"), *_backbone_options(adapter, task)]
+        lines += [f"backbone = {_call(f'{type(backbone).__name__}.from_pretrained', arguments)}"]
+    else:
+        lines += ["", f"backbone = ...  # your own {type(backbone).__name__}, with its pretrained weights"]
+    lines += [f"model = PeftModel.from_pretrained(backbone, {_text(adapter_id)}{folder}).eval()"]
+    if classifies_images:
+        lines += [
+            "",
+            f"processor = AutoImageProcessor.from_pretrained({_text(processor or 'path/to/the/backbone')})",
+            'image = Image.new("RGB", (224, 224))  # your image',
+            "with torch.no_grad():",
+            '    logits = model(**processor(image, return_tensors="pt")).logits',
+            "print(backbone.config.id2label[logits.argmax().item()])",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _backbone_options(adapter: AdapterFacts, task: Optional[str]) -> list[str]:
+    backbone = adapter.backbone
+    options = [f"revision={_text(adapter.config.revision)}"] if adapter.config.revision else []
+    if isinstance(backbone, PreTrainedModel) and task in TASKS_WITH_LABELS and adapter.trained_modules:
+        labels = backbone.config.id2label or {}
+        has_names = labels != {index: f"LABEL_{index}" for index in range(len(labels))}
+        if has_names and len(labels) <= MOST_LABELS:
+            names = ", ".join(f"{index}: {_text(name)}" for index, name in labels.items())
+            options.append(f"id2label={{{names}}}")
+        else:
+            options.append(f"num_labels={len(labels)}")
+        options.append("ignore_mismatched_sizes=True")  # the adapter has its own head
+    return options
+
+
+def _call(function: str, arguments: list[str]) -> str:
+    one_line = f"{function}({', '.join(arguments)})"
+    if len(one_line) < 100:
+        return one_line
+    return f"{function}(\n" + "".join(f"    {argument},\n" for argument in arguments) + ")"
+
+
+def _text(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False)

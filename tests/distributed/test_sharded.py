@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from ..models import images, tiny_vit
+from .sharded import make_model, steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", ["deep", "shallow"])
+def test_shards_on_two_processes_do_what_one_process_does(depth, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command += ["-m", "tests.distributed.sharded", str(tmp_path), depth]
+    root = Path(__file__).parents[2]
+    process = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+
+    model = make_model(depth)
+    expected = torch.tensor(steps(model))
+    actual = torch.tensor(json.loads((tmp_path / "losses.json").read_text()))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    assert expected[-1] < expected[0]
+    loaded = PeftModel.from_pretrained(tiny_vit(num_hidden_layers=2), tmp_path)
+    torch.testing.assert_close(loaded(images()).logits, model.eval()(images()).logits, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,51 @@
+"""What a user's training script does: `accelerate launch -m tests.distributed.train FOLDER [OPTIONS AS JSON]`.
+
+The batch over all processes is the same for any number of them. Losses go to FOLDER/losses.json, the adapter to
+FOLDER/adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from ..trainer.toy import TRAIN, VALIDATION, accuracy, adapted, arguments
+
+BATCH_SIZE = 8
+
+
+def train(folder: str, processes: int, resume: bool = False, **options: Any) -> Trainer:
+    keywords: dict[str, Any] = {
+        "per_device_train_batch_size": BATCH_SIZE // processes,
+        "num_train_epochs": 2,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        **options,
+    }
+    trainer = Trainer(
+        model=adapted(seed=7 * int(resume), prompt_dropout=0.0),  # dropout would differ
+        args=arguments(folder, **keywords),
+        train_dataset=TRAIN,
+        eval_dataset=VALIDATION,
+        compute_metrics=accuracy,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(str(Path(folder, "adapter")))
+    if trainer.is_world_process_zero():
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        Path(folder, "losses.json").write_text(json.dumps(losses))
+    return trainer
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    trainer = train(sys.argv[1], int(os.environ["WORLD_SIZE"]), **json.loads(sys.argv[2]))
+    assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from e2vpt_peft.interception import ProductsMode
+
+from .models import prompt_parameters
+from .test_architectures import adapt, adapted_layers, inputs, make
+from .test_verification import Bare
+
+CONFIG = {"target_modules": ["attn"], "num_segments": 1, "attention_norm": "ln_1"}
+
+
+def test_only_the_adapted_modules_are_intercepted():
+    model = adapt(Bare(), **{**CONFIG, "target_modules": ["1.attn"]})
+    bare = copy.deepcopy(model).unload()
+    x = torch.randn(2, 5, 8)
+    assert torch.equal(model.base_model.model.blocks[0](x), bare.blocks[0](x))
+    assert not torch.allclose(model.base_model.model.blocks[1](x), bare.blocks[1](x))
+
+
+def test_the_prefix_is_left_out_when_adapters_are_disabled():
+    model = adapt(Bare(), **CONFIG)
+    x = torch.randn(2, 5, 8)
+    with model.disable_adapter():
+        disabled = model(x)
+    assert torch.equal(disabled, copy.deepcopy(model).unload()(x))
+
+
+def test_an_attention_that_goes_another_way_is_an_error(monkeypatch):
+    model = adapt(Bare(), **CONFIG)
+    monkeypatch.setattr(type(model.base_model.model.blocks[0].attn.base_layer), "forward", lambda self, x: x)
+    with pytest.raises(RuntimeError, match="BareAttention has not called scaled_dot_product_attention"):
+        model(torch.randn(2, 5, 8))
+
+
+def test_a_causal_call_is_an_error(monkeypatch):
+    model = adapt(Bare(), **CONFIG)
+
+    def causal(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    monkeypatch.setattr(type(model.base_model.model.blocks[0].attn.base_layer), "forward", causal)
+    with pytest.raises(ValueError, match="is_causal=True.*bidirectional"):
+        model(torch.randn(2, 5, 8))
+
+
+class WrittenOut(nn.Module):
+    """Attention as products and a softmax, of which `then` does something to the scores."""
+
+    def __init__(self, bare, then=lambda scores: scores):
+        super().__init__()
+        self.bare, self.then = bare, then
+
+    def forward(self, x):
+        q, k, v = self.bare.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        scores = self.then(q @ k.transpose(-2, -1) / 2)
+        return self.bare.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def written_out(then):
+    model = adapt(Bare(), **CONFIG)
+    expected = model(torch.ones(2, 5, 8).cumsum(1))
+    for layer in adapted_layers(model).values():
+        layer._site = (layer.site._replace(interception=ProductsMode),)
+        layer.forward = intercepted(layer, WrittenOut(layer.base_layer, then))
+    return model, expected
+
+
+def intercepted(layer, attention):
+    def forward(x):
+        with ProductsMode(layer):
+            return attention(x)
+
+    return forward
+
+
+def test_attention_that_is_written_out_gives_the_same():
+    model, expected = written_out(
+        lambda scores: nn.functional.dropout(scores, 0.0).view(2, 1, 2, 5, 5).view(2, 2, 5, 5)
+    )
+    torch.testing.assert_close(model(torch.ones(2, 5, 8).cumsum(1)), expected)
+
+
+@pytest.mark.parametrize(
+    ("then", "words"),
+    [
+        (lambda scores: scores.tanh(), "by which prompts cannot be followed: tanh"),
+        (lambda scores: scores * torch.ones(5), "by which prompts cannot be followed: mul"),
+    ],
+)
+def test_what_cannot_be_followed_is_an_error(then, words):
+    model, _ = written_out(then)
+    with pytest.raises(RuntimeError, match=words):
+        model(torch.randn(2, 5, 8))
+
+
+def test_attention_without_two_products_is_an_error():
+    model = adapt(Bare(), **CONFIG)
+    layer = model.base_model.model.blocks[0].attn
+    with pytest.raises(RuntimeError, match="has not computed its attention as expected"):
+        intercepted(layer, nn.Identity())(torch.randn(2, 5, 8))
+
+
+@pytest.mark.slow  # compiled
+def test_it_compiles_to_one_graph():
+    model = adapt(make("data2vec-vision"))
+    expected = model(**inputs("data2vec-vision")).logits
+    expected.sum().backward()
+    gradients = [parameter.grad.clone() for parameter in prompt_parameters(model).values()]
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    actual = compiled(**inputs("data2vec-vision")).logits
+    actual.sum().backward()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    for parameter, gradient in zip(prompt_parameters(model).values(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from e2vpt_peft import E2VPTConfig, architectures, check_prefix
+
+from .models import images, tiny_vit
+from .peft_contract.common import assert_unchanged, snapshot
+from .test_architectures import adapt, inputs, make
+from .zoo import HEADS, ZOO
+
+
+@pytest.mark.parametrize("name", [name for name in [*ZOO, *HEADS] if name != "swinv2"])
+def test_it_confirms_every_architecture_of_the_table(name):
+    assert check_prefix(adapt(make(name)), inputs(name)) < 1e-5
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_it_leaves_the_model_as_it_was(training):
+    model = get_peft_model(tiny_vit(), E2VPTConfig()).train(training)
+    before, hooks, modes = snapshot(model), _hooks(model), [module.training for module in model.modules()]
+    random_state = torch.get_rng_state()
+    check_prefix(model, {"pixel_values": images()})
+    assert_unchanged(model, before)
+    assert _hooks(model) == hooks
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def _hooks(model):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_it_says_so_where_no_tokens_can_be_inserted():
+    model = adapt(make("swinv2"))
+    with pytest.raises(ValueError, match="No tokens can be inserted into the attentions of this model to compare"):
+        check_prefix(model, inputs("swinv2"))
+    assert _hooks(model) == 0
+
+
+def test_it_finds_a_wrong_norm():
+    model = adapt(tiny_vit(), attention_norm="layernorm_after")
+    with pytest.raises(ValueError, match="attention 'base_model.*' is not what its norm 'layernorm_after' gives"):
+        check_prefix(model, {"pixel_values": images()})
+    assert _hooks(model) == 0
+
+
+def test_it_finds_a_norm_that_was_said_not_to_be_there():
+    model = adapt(tiny_vit(), attention_norm="none")
+    with pytest.raises(ValueError, match="not what enters its layer, though attention_norm='none'"):
+        check_prefix(model, {"pixel_values": images()})
+
+
+def test_it_finds_keys_that_are_changed_after_the_projection(monkeypatch):
+    monkeypatch.setattr(architectures, "KEY_NORMS", ())
+    with pytest.raises(ValueError, match="outputs differ by .* from those with inserted tokens"):
+        check_prefix(adapt(make("internvl_vision")), inputs("internvl_vision"))
+
+
+def test_it_takes_key_value_prompts_as_given():
+    vit = adapt(tiny_vit(), share_kv_prompts=False)
+    assert check_prefix(vit, {"pixel_values": images()}) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [({"num_visual_prompts": 0}, "no visual prompts"), ({"visual_prompt_depth": "shallow"}, "shallow visual prompts")],
+)
+def test_it_needs_deep_visual_prompts(config, words):
+    with pytest.raises(ValueError, match=words):
+        check_prefix(get_peft_model(tiny_vit(), E2VPTConfig(**config)), {"pixel_values": images()})
+
+
+class Bare(nn.Module):
+    """A model from outside transformers, whose attention calls PyTorch's function."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(BareBlock() for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class BareBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(8), BareAttention()
+
+    def forward(self, x):
+        return x + self.attn(self.ln_1(x))
+
+
+class BareAttention(nn.Module):
+    num_heads = 2
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_a_model_that_nobody_knows_can_be_described_and_checked():
+    config = {"target_modules": ["attn"], "num_segments": 1}
+    with pytest.raises(ValueError, match="attention_norm to its name .the parents have: .*ln_1"):
+        get_peft_model(Bare(), E2VPTConfig(**config))
+    model = adapt(Bare(), **config, attention_norm="ln_1")
+    assert check_prefix(model, {"x": torch.randn(2, 5, 8)}) < 1e-5
