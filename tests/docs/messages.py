@@ -1,53 +1,77 @@
-"""The error messages of the package, as far as they stand in its source."""
+"""The error messages of the package, as far as they stand in its source: `…` is what depends on the case."""
 
 from __future__ import annotations
 
 import ast
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .pages import ROOT
 
-NO_MESSAGE = {"AttributeError", "StopIteration", "NotImplementedError"}
-"""Errors by which Python's own protocols work."""
+PACKAGE = ROOT / "e2vpt_peft"
+PROTOCOL_ERRORS = {"AttributeError"}
+"""Errors by which Python's own protocols work, seen by nobody."""
 
 
 def error_messages() -> dict[str, str]:
-    """From the place of each `raise` in the package to the longest piece of its message that is always the same."""
+    """From each message that is raised to a place where it is."""
+    trees = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+    constants = {name: value for tree in trees.values() for name, value in _texts_assigned(tree.body)}
+    returned = {
+        function.name: line.value
+        for tree in trees.values()
+        for function in tree.body
+        if isinstance(function, ast.FunctionDef)
+        for line in function.body
+        if isinstance(line, ast.Return) and isinstance(line.value, (ast.JoinedStr, ast.BinOp))
+    }
     found = {}
-    for path in sorted((ROOT / "e2vpt_peft").rglob("*.py")):
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
-                if ast.unparse(node.exc.func) not in NO_MESSAGE:
-                    place = f"{path.relative_to(ROOT)}:{node.lineno}"
-                    found[place] = max(_pieces(node.exc, tree, path), key=len, default="")
+    seen: set[ast.Raise] = set()  # of nested functions, by way of the outer one, which knows more names
+    for path, tree in trees.items():
+        for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+            known = {**constants, **dict(_texts_assigned(ast.walk(function)))}
+            for node in ast.walk(function):
+                if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node not in seen:
+                    seen.add(node)
+                    if ast.unparse(node.exc.func) not in PROTOCOL_ERRORS:
+                        message = _text(node.exc.args[0], known, returned)
+                        found[re.sub(r"…+", "…", message)] = f"{path.relative_to(ROOT)}:{node.lineno}"
     return found
 
 
-def _pieces(expression: ast.AST, tree: ast.Module, path: Path) -> list[str]:
-    """The literal pieces of an expression; of a constant or a function of the module, those of its definition."""
-    pieces = [" ".join(n.value.split()) for n in ast.walk(expression) if _is_text(n)]
-    if pieces and max(map(len, pieces)) >= 8:
-        return pieces
-    names = {node.id for node in ast.walk(expression) if isinstance(node, ast.Name)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and names & {alias.name for alias in node.names}:
-            other = path.parent / f"{node.module.replace('.', '/')}.py"
-            if other.exists():
-                pieces += _definitions(ast.parse(other.read_text()), names)
-    return pieces + _definitions(tree, names)
+def _texts_assigned(nodes: Iterable[ast.AST]) -> Iterator[tuple[str, ast.expr]]:
+    """Names that stand for one text throughout."""
+    assignments = [n for n in nodes if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)]
+    count = Counter(node.targets[0].id for node in assignments)  # type: ignore[attr-defined]
+    for node in assignments:
+        if isinstance(node.targets[0], ast.Name) and count[node.targets[0].id] == 1:
+            if isinstance(node.value, (ast.JoinedStr, ast.BinOp)) or _is_text(node.value):
+                yield node.targets[0].id, node.value
 
 
-def _definitions(tree: ast.Module, names: set[str]) -> list[str]:
-    pieces: list[str] = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id in names for t in node.targets):
-            pieces += [" ".join(n.value.split()) for n in ast.walk(node.value) if _is_text(n)]
-        if isinstance(node, ast.FunctionDef) and node.name in names:
-            without_docstring = node.body[1:] if ast.get_docstring(node) else node.body
-            pieces += [" ".join(n.value.split()) for line in without_docstring for n in ast.walk(line) if _is_text(n)]
-    return pieces
+def _text(node: ast.expr, known: dict[str, ast.expr], returned: dict[str, ast.expr]) -> str:
+    if _is_text(node):
+        return node.value  # type: ignore[attr-defined]
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(part, known, returned) for part in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _text(node.left, known, returned) + _text(node.right, known, returned)
+    if isinstance(node, ast.FormattedValue):
+        return _text(node.value, known, returned) if isinstance(node.value, ast.Name) else "…"
+    if isinstance(node, ast.Name) and node.id in known:
+        rest = {name: value for name, value in known.items() if name != node.id}
+        return _text(known[node.id], rest, returned)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in returned:
+        return _text(returned[node.func.id], {}, {})
+    return "…"
 
 
 def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def documented_messages(page: Path) -> set[str]:
+    """The messages in the list items of a page: code spans with a colon and the mend behind them."""
+    return {message.strip() for _, message in re.findall(r"^- (`+)(.+?)\1: \S", page.read_text(), re.MULTILINE)}
