@@ -46,9 +46,9 @@ def _texts_assigned(nodes: Iterable[ast.AST]) -> Iterator[tuple[str, ast.expr]]:
     assignments = [n for n in nodes if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)]
     count = Counter(node.targets[0].id for node in assignments)  # type: ignore[attr-defined]
     for node in assignments:
-        if isinstance(node.targets[0], ast.Name) and count[node.targets[0].id] == 1:
-            if isinstance(node.value, (ast.JoinedStr, ast.BinOp)) or _is_text(node.value):
-                yield node.targets[0].id, node.value
+        name: str = node.targets[0].id  # type: ignore[attr-defined]
+        if count[name] == 1 and (isinstance(node.value, (ast.JoinedStr, ast.BinOp)) or _is_text(node.value)):
+            yield name, node.value
 
 
 def _text(node: ast.expr, known: dict[str, ast.expr], returned: dict[str, ast.expr]) -> str:
