@@ -31,12 +31,12 @@ def plot_candidates(results: Union[dict[str, Any], str, PathLike[str]]) -> Figur
         >>> plot_candidates("out/pruning_results.json").savefig("candidates.png")
         ```
     """
+    figure = new_figure(6, 4)
     table: dict[str, Any] = results if isinstance(results, dict) else json.loads(Path(results).read_text())
     unpruned, *candidates = table["candidates"]
     # Candidates that dropped out early were trained for less and are no fair comparison.
     dropped = [row for row in candidates if row["phase"] != row["name"]]
     finished = [row for row in candidates if row["phase"] == row["name"]]
-    figure = new_figure(6, 4)
     axes = figure.add_subplot()
     if dropped:
         axes.plot(*_points(dropped), "o", color="0.8", label="dropped out early")

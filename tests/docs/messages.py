@@ -18,7 +18,8 @@ PROTOCOL_ERRORS = {"AttributeError"}
 def error_messages() -> dict[str, str]:
     """From each message that is raised to a place where it is."""
     trees = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
-    constants = {name: value for tree in trees.values() for name, value in _texts_assigned(tree.body)}
+    assigned = (pair for tree in trees.values() for pair in _texts_assigned(tree.body))
+    constants = {name: value for name, value in assigned if not name.startswith("__")}  # not the version
     returned = {
         function.name: line.value
         for tree in trees.values()
