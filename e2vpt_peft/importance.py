@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from .layer import E2VPTLayer
 from .masks import segment_mask, token_mask
 
 Batch = Mapping[str, Any]
+Scores = tuple[torch.Tensor, torch.Tensor]
+"""Of tokens, and of segments."""
 
 
 @dataclass(frozen=True)
@@ -94,24 +97,92 @@ def score_prompts(
         raise ValueError(f"method={method!r} must be one of {', '.join(map(repr, SCORING_METHODS))}.")
     name, layers = prompted_layers(model, adapter_name)
     config = layers[0].adapter_configs[name]
-    tokens, segments = int(token_mask(config).sum()), config.num_segments
-    total = torch.zeros(tokens * (1 + segments) + 1, dtype=torch.float64)
+    shape = (int(token_mask(config).sum()), config.num_segments)
+    tokens, segments = _mean_over_batches(
+        model, layers, name, dataloader, SCORING_METHODS[method], shape, method, max_batches, progress_bar
+    )
+    return PromptScores(tokens, segments, method)
+
+
+def score_prompts_by_layer(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    *,
+    adapter_name: Optional[str] = None,
+    max_batches: Optional[int] = None,
+    progress_bar: bool = True,
+) -> PromptScores:
+    """Score each visual prompt, and each segment of it, in each layer by itself: to look at, not to prune by.
+
+    Prompts are pruned in all layers at once, by the scores of [`score_prompts`]. These tell in which layers they
+    matter. They need not add up to those: layers make up for each other.
+
+    - Tokens: by how much the loss rises when the token is left out of that one layer. Exact, at a forward pass for
+      each token of each layer.
+    - Segments: as `score_prompts(..., "removal")` does, when the segment is zero in that one layer.
+
+    Args:
+        model (`nn.Module`): The adapted model.
+        dataloader (`Iterable`): As for [`score_prompts`].
+        adapter_name (`str`, *optional*): The adapter; the active one by default.
+        max_batches (`int`, *optional*): Use at most so many batches of each process.
+        progress_bar (`bool`): Whether to show one.
+
+    Returns:
+        [`PromptScores`]: With one more dimension in front, layers: `tokens` (layers, number of visual prompts) and
+        `segments` (layers, number of visual prompts, number of segments). Shallow prompts have one layer.
+
+    Raises:
+        ValueError: As for [`score_prompts`].
+
+    Example:
+
+        ```py
+        >>> from e2vpt_peft.plots import plot_importance
+
+        >>> plot_importance(model, score_prompts_by_layer(model, dataloader)).savefig("importance.png")
+        ```
+    """
+    name, layers = prompted_layers(model, adapter_name)
+    config = layers[0].adapter_configs[name]
+    depth = sum(name in layer.e2vpt_visual_prompts for layer in layers)
+    shape = (depth, int(token_mask(config).sum()), config.num_segments)
+    tokens, segments = _mean_over_batches(
+        model, layers, name, dataloader, _removal_by_layer, shape, "removal by layer", max_batches, progress_bar
+    )
+    return PromptScores(tokens, segments, "removal_by_layer")
+
+
+def _mean_over_batches(
+    model: nn.Module,
+    layers: list[E2VPTLayer],
+    name: str,
+    dataloader: Iterable[Any],
+    score: Callable[[_Probe], Scores],
+    shape: tuple[int, ...],
+    description: str,
+    max_batches: Optional[int],
+    progress_bar: bool,
+) -> Scores:
+    """The scores of tokens, (..., prompts), and of segments, of that shape, over the batches of all processes."""
+    tokens = math.prod(shape[:-1])
+    total = torch.zeros(tokens + math.prod(shape) + 1, dtype=torch.float64)
     with _undisturbed(model, layers, name):
         total_batches = getattr(dataloader, "__len__", lambda: None)()
         shown = min(filter(None, (total_batches, max_batches)), default=None)
-        progress = tqdm(dataloader, desc=f"Scoring prompts ({method})", total=shown, disable=not progress_bar)
+        progress = tqdm(dataloader, desc=f"Scoring prompts ({description})", total=shown, disable=not progress_bar)
         for number, batch in enumerate(progress):
             if max_batches is not None and number >= max_batches:
                 break
-            token_scores, segment_scores = SCORING_METHODS[method](_Probe(model, layers, name, _as_dict(model, batch)))
-            total += torch.cat([token_scores, segment_scores.flatten(), torch.ones(1)]).detach().double().cpu()
+            parts = score(_Probe(model, layers, name, _as_dict(model, batch)))
+            total += torch.cat([*(part.flatten() for part in parts), torch.ones(1)]).detach().double().cpu()
     total = reduce(total.to(PartialState().device), reduction="sum").cpu()
     if total[-1] == 0:
         raise ValueError("dataloader gave no batch: there is nothing to score prompts on.")
     mean = total[:-1] / total[-1]
     if not mean.isfinite().all():
         raise ValueError("The loss on the given batches, or its gradient, is not finite: prompts cannot be scored.")
-    return PromptScores(mean[:tokens], mean[tokens:].view(tokens, segments), method)
+    return mean[:tokens].view(shape[:-1]), mean[tokens:].view(shape)
 
 
 def prompted_layers(model: nn.Module, adapter_name: Optional[str] = None) -> tuple[str, list[E2VPTLayer]]:
@@ -181,9 +252,6 @@ class _Probe:
         return prompts[:, None] * others
 
 
-Scores = tuple[torch.Tensor, torch.Tensor]
-
-
 def _signed(probe: _Probe) -> Scores:
     """d loss / d mask, for masks of ones on tokens and on segments, shared by all layers."""
     leaves = [prompts.clone().requires_grad_() for prompts in probe.prompts]
@@ -234,6 +302,19 @@ def _leave_one_out(probe: _Probe) -> Scores:
 
 def _removal(probe: _Probe) -> Scores:
     return _tokens_left_out(probe), _segments_by_keys_and_values(probe)
+
+
+def _removal_by_layer(probe: _Probe) -> Scores:
+    """Changes of the loss when one token, and one segment of it, is missing in one layer."""
+    loss = probe.value()
+    tokens = torch.zeros(len(probe.prompts), len(probe.prompts[0]), dtype=torch.float64)
+    for layer, token in np.ndindex(*tokens.shape):
+        prompts = list(probe.prompts)
+        prompts[layer] = torch.cat([prompts[layer][:token], prompts[layer][token + 1 :]])
+        tokens[layer, token] = probe.value(prompts) - loss
+    if probe.is_shallow:
+        return tokens, _segments_by_midpoints(probe)[None]
+    return tokens, _segments_of_layers(probe, together=False)
 
 
 MOST_CLASSES = 10
