@@ -154,15 +154,16 @@ def half_table(rows: list[Result]) -> str:
         tasks[row["task"]].append(row)
     for name, of_task in tasks.items():
         pruned, unpruned = (np.array([100 * row[key] for row in of_task]) for key in ("pruned", "unpruned"))
-        cells = [f"{v.mean():.1f} ± {standard_error(v):.1f}" for v in (unpruned, pruned)]
         difference = pruned - unpruned
-        cells.append(f"{difference.mean():+.1f} ± {standard_error(difference):.1f}")
+        cells = [f"{unpruned.mean():.1f}{error(unpruned)}", f"{pruned.mean():.1f}{error(pruned)}"]
+        cells.append(f"{difference.mean():+.1f}{error(difference)}")
         lines.append(f"| {name} | {len(of_task)} | {of_task[0]['learning_rate']:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def standard_error(values: np.ndarray) -> float:
-    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+def error(values: np.ndarray) -> str:
+    """The standard error of the mean, which a single run does not have."""
+    return f" ± {values.std(ddof=1) / np.sqrt(len(values)):.1f}" if len(values) > 1 else ""
 
 
 def search_table(rows: list[Result]) -> str:
