@@ -5,7 +5,7 @@ Importing this package registers the method with PEFT: `get_peft_model`, `PeftMo
 """
 
 from .config import E2VPTConfig
-from .importance import PromptScores, score_prompts
+from .importance import PromptScores, score_prompts, score_prompts_by_layer
 from .layer import E2VPTLayer
 from .model import E2VPTModel
 from .model_card import CardDetails, push_model_card, write_model_card
@@ -33,6 +33,7 @@ __all__ = [
     "push_model_card",
     "rewind_prompts",
     "score_prompts",
+    "score_prompts_by_layer",
     "write_model_card",
 ]
 

@@ -212,12 +212,12 @@ def find_attention_site(
             "target_modules=['attention'] for ViT. Attention that multiplies its matrices by hand cannot be adapted "
             "where the package does not know how it does that."
         )
-    inputs = inspect.signature(type(attention).forward).parameters.keys()
-    if inputs & CROSS_ATTENTION_INPUTS:
-        raise ValueError(refusal + "which is cross-attention: E2VPT needs self-attention.")
     # The attention interface takes a missing attribute for causal, too.
     if getattr(attention, "is_causal", eager_attention is not None):
         raise ValueError(refusal + "which is causal: E2VPT needs bidirectional attention.")
+    inputs = inspect.signature(type(attention).forward).parameters.keys()
+    if inputs & CROSS_ATTENTION_INPUTS:
+        raise ValueError(refusal + "which is cross-attention: E2VPT needs self-attention.")
     fused = _first_attribute(attention, FUSED_PROJECTIONS)
     key = fused or _first_attribute(attention, KEY_PROJECTIONS)
     value = fused or _first_attribute(attention, VALUE_PROJECTIONS)

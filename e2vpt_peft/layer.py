@@ -62,8 +62,9 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         self.kept_components = BufferDict(persistent=False)
         # What `rewind_prompts` goes back to: plain tensors on the CPU, which no state dict and no file has.
         self.initial_prompts: dict[str, dict[str, torch.Tensor]] = {}
-        self.prefix_hook: Optional[Callable[[Prefix], Prefix]] = None
-        """If set, is given every prefix and returns the one to use; for scores, which need its gradients."""
+        self.prefix_hook: Optional[Callable[[Prefix, int], Prefix]] = None
+        """If set, is given every prefix, and the batch size, and returns the one to use; for scores, which need its
+        gradients."""
         self.token_bias: Optional[torch.Tensor] = None
         """If set, is added to the attention that shallow visual prompts are paid, (number of prompts,); for scores."""
         self.token_insertion: Optional[TokenInsertion] = None
@@ -199,7 +200,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         route = current_route()
         if route is None:
             prefix = Prefix(_cat(keys), _cat(values))
-            return prefix if self.prefix_hook is None else self.prefix_hook(prefix)
+            return prefix if self.prefix_hook is None else self.prefix_hook(prefix, batch_size)
         visible = route.visible([part.shape[1] for part in keys], batch_size, keys[0].device)
         return Prefix(route.gather(keys, batch_size), route.gather(values, batch_size), visible)
 

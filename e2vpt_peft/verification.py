@@ -182,7 +182,7 @@ def _tokens_inserted(layer: E2VPTLayer, adapter_name: str) -> Iterator[None]:
         layer.base_layer.register_forward_hook(leave),
         *(part.register_forward_hook(no_bias) for part in biases),
     ]
-    layer.prefix_hook = lambda prefix: Prefix(prefix.keys[:, count:], prefix.values[:, count:])
+    layer.prefix_hook = lambda prefix, batch_size: Prefix(prefix.keys[:, count:], prefix.values[:, count:])
     try:
         yield
     finally:

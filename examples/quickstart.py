@@ -1,13 +1,13 @@
 """Adapt a pretrained vision transformer with E²VPT, and compare with a linear probe. No network, no GPU needed.
 
-    python examples/quickstart.py                # real handwritten digits, 20 labelled images per class
+    python examples/quickstart.py                # real handwritten digits, 50 labelled images per class
     python examples/quickstart.py --model google/vit-base-patch16-224-in21k --dataset some/hub-dataset
 
-By default a tiny ViT that comes with this repository (`examples/backbone`, pretrained on drawn shapes and textures;
-it has never seen a letter or a digit) learns to read scikit-learn's `load_digits` from **few labels**: 20 images per
-class to train on, the other 1,597 to test on. The linear probe trains the same new head, on the same distorted
-images, for the same number of steps. Then the adapter is saved, loaded into a fresh backbone, and has to predict the
-same.
+By default a tiny ViT that comes with this repository (`examples/backbone`, pretrained on drawn symbols, pen strokes
+and textures; it has never seen a letter or a digit) learns to read scikit-learn's `load_digits` from **few
+labels**: 50 images per class to train on, the other 1,297 to test on. The linear probe trains the same new head, on
+the same distorted images, for the same number of steps. Then the adapter is saved, loaded into a fresh backbone,
+and has to predict the same.
 
 `--dataset` takes a Hub id, a folder of images (one subfolder per class), a parquet file or a folder of them.
 """
@@ -52,15 +52,20 @@ class QuickstartArguments:
         default=None,
         metadata={"help": "Hub id, folder of images or parquet; default: scikit-learn's handwritten digits."},
     )
-    train_per_class: int = field(default=20, metadata={"help": "Labelled images per class to train on."})
+    train_per_class: int = field(default=50, metadata={"help": "Labelled images per class to train on."})
     max_test_images: int = field(default=2000, metadata={"help": "Test on at most so many images."})
     num_visual_prompts: int = field(default=10, metadata={"help": "Visual prompts in each layer."})
-    num_kv_prompts: int = field(default=5, metadata={"help": "Key-value prompts in each layer."})
-    epochs: int = field(default=120, metadata={"help": "Epochs, for both methods."})
+    num_kv_prompts: int = field(
+        default=40, metadata={"help": "Key-value prompts in each layer, separate ones as keys and as values."}
+    )
+    epochs: int = field(default=30, metadata={"help": "Epochs, for both methods."})
     batch_size: int = field(default=32, metadata={"help": "Training batch size, for both methods."})
-    learning_rate: float = field(default=3e-2, metadata={"help": "Peak learning rate of prompts (AdamW)."})
+    learning_rate: float = field(default=3e-2, metadata={"help": "Peak learning rate of visual prompts (AdamW)."})
+    kv_learning_rate: float = field(
+        default=3e-1, metadata={"help": "Peak learning rate of key-value prompts (AdamW)."}
+    )
     head_learning_rate: float = field(
-        default=1e-2, metadata={"help": "Peak learning rate of the head (AdamW), for both methods."}
+        default=1e-1, metadata={"help": "Peak learning rate of the head (AdamW), for both methods."}
     )
     augmentation: float = field(
         default=0.08, metadata={"help": "Strength of random affine distortions in training, for both methods."}
@@ -157,11 +162,14 @@ def load_backbone(args: QuickstartArguments, label: ClassLabel, seed: int) -> Pr
 
 
 def make_trainer(model: torch.nn.Module, args: QuickstartArguments, train: Dataset, test: Dataset) -> Trainer:
-    """A plain Trainer, the same for both methods. Prompts take a larger learning rate than a head."""
+    """A plain Trainer, the same for both methods. Head and both kinds of prompts have their own learning rates."""
+    rates = {
+        HEAD: args.head_learning_rate,
+        "e2vpt_visual_prompts": args.learning_rate,
+        "e2vpt_kv_prompts": args.kv_learning_rate,
+    }
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    head = [parameter for name, parameter in trainable.items() if HEAD in name]
-    prompts = [parameter for name, parameter in trainable.items() if HEAD not in name]
-    groups = [{"params": head, "lr": args.head_learning_rate}, {"params": prompts, "lr": args.learning_rate}]
+    groups = [{"params": [p for name, p in trainable.items() if part in name], "lr": lr} for part, lr in rates.items()]
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-4) if groups else None  # a loaded adapter is not trained
     training_args = TrainingArguments(
@@ -205,6 +213,7 @@ def e2vpt(args: QuickstartArguments, label: ClassLabel, train: Dataset, test: Da
     config = E2VPTConfig(
         num_visual_prompts=args.num_visual_prompts,
         num_kv_prompts=args.num_kv_prompts,
+        share_kv_prompts=False,
         prompt_dropout=0.0,  # random distortions of the images do that job here
         modules_to_save=[HEAD],
     )

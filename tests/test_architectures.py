@@ -392,7 +392,7 @@ SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "i
         (
             lambda: t.GPT2LMHeadModel(t.GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=20)),
             {"target_modules": ["attn"]},
-            ["GPT2Attention"],
+            ["GPT2Attention", "causal"],
         ),
         (
             lambda: t.LlamaModel(t.LlamaConfig(vocab_size=20, **SMALL)),

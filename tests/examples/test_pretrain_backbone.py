@@ -26,7 +26,7 @@ TINY = [
 
 
 def draw(seed: int, number: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
-    task = pretrain_backbone.DrawnImages(24, invented_characters=8, seed=seed, characters="AБ★")
+    task = pretrain_backbone.DrawnImages(24, invented_characters=8, seed=seed, characters="♥→★")
     return task.sample(number, torch.Generator().manual_seed(seed))
 
 
@@ -47,12 +47,29 @@ def test_images_are_pictures_of_every_class() -> None:
     assert (images.flatten(1).std(1) > 1e-3).all(), "an image is blank"
 
 
-def test_no_digit_is_drawn() -> None:
-    assert not set("0123456789") & set(pretrain_backbone.LETTERS + pretrain_backbone.SYMBOLS)
+def test_no_letter_and_no_digit_is_drawn() -> None:
+    assert not any(symbol.isalnum() for symbol in pretrain_backbone.SYMBOLS)
+
+
+def test_kinds_are_symbols_invented_characters_and_textures() -> None:
+    task = pretrain_backbone.DrawnImages(24, invented_characters=8, characters="♥→★")
+    assert task.kinds.tolist() == [0] * 3 + [1] * 8 + [2] * pretrain_backbone.TEXTURES
+    assert task.num_classes == len(task.kinds)
+
+
+def test_patches_are_scored_on_classes_and_the_class_token_on_kinds() -> None:
+    kinds = torch.tensor([0, 0, 1])
+    of_classes = torch.zeros(2, 4, 3)  # two images of four patches
+    of_classes[0, :3, 0] = 1  # three patches of four say class 0
+    of_classes[0, 3, 1] = 2
+    of_classes[1, :, 0] = 1
+    of_kinds = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    shares = pretrain_backbone.right((of_classes, of_kinds), torch.tensor([0, 1]), kinds)
+    assert shares.tolist() == [0.5, 0.5]
 
 
 def test_every_character_has_several_fonts() -> None:
-    characters = pretrain_backbone.LETTERS + pretrain_backbone.SYMBOLS
+    characters = pretrain_backbone.SYMBOLS
     assert len(set(characters)) == len(characters)
     bank = pretrain_backbone.printed_characters(characters)
     assert len(bank) == len(characters)
@@ -71,9 +88,12 @@ def test_invented_characters_keep_their_shape() -> None:
 
 
 def test_script_writes_a_backbone_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    score = pretrain_backbone.main([*TINY, f"--output_dir={tmp_path}"])
-    assert 0 <= score <= 1
-    assert f"of new images of {len(pretrain_backbone.SYMBOLS) + 4 + 24} classes" in capsys.readouterr().out
+    scores = pretrain_backbone.main([*TINY, f"--output_dir={tmp_path}"])
+    assert all(0 <= score <= 1 for score in scores)
+    printed = capsys.readouterr().out
+    num_classes = len(pretrain_backbone.SYMBOLS) + 4 + pretrain_backbone.TEXTURES
+    assert f"({num_classes} classes, by the patch tokens)" in printed
+    assert "(3 kinds, by the class token)" in printed
     model = AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=5)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     processor = AutoImageProcessor.from_pretrained(tmp_path)
@@ -106,6 +126,7 @@ def test_real_images(tmp_path: Path, held_out: bool) -> None:
     task = pretrain_backbone.RealImages(str(tmp_path), 16)
     images, labels = task.sample(6, torch.Generator().manual_seed(0))
     assert task.num_classes == 4
+    assert task.kinds.tolist() == [0, 1, 2, 3]
     assert len(task.images) == (20 if held_out else 18)
     assert images.shape == (6, 3, 16, 16) and images.min() >= 0 and images.max() <= 1 and labels.shape == (6,)
 

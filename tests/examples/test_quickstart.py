@@ -80,7 +80,7 @@ def test_main_prints_the_table_and_reloads(tmp_path: Path, capsys: pytest.Captur
     assert [result.method for result in results] == ["linear probe", "E²VPT"]
     probe, adapted = results
     assert probe.trainable == 10 * 128 + 10
-    assert probe.trainable < adapted.trainable < 0.02 * adapted.total
+    assert probe.trainable < adapted.trainable < 0.1 * adapted.total
     assert adapted.file_size == (tmp_path / "adapter_model.safetensors").stat().st_size
     assert all(0 <= result.accuracy <= 1 for result in results)
     assert "few labels: 20 training images (2 per class), 48 test images" in printed
@@ -136,8 +136,8 @@ def test_another_backbone_and_real_photographs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_e2vpt_beats_the_linear_probe(tmp_path: Path) -> None:
-    """By more than chance would give in 1,597 images twice; docs/quickstart.md has the gains of five seeds."""
+    """By points, not by chance; docs/quickstart.md has the gains of five seeds."""
     runs = [quickstart.main([f"--seed={seed}", f"--output_dir={tmp_path / str(seed)}"]) for seed in (1, 2)]
     gains = [adapted.accuracy - probe.accuracy for probe, adapted in runs]
-    assert min(gains) > 0, gains
-    assert statistics.mean(gains) > 0.01, gains
+    assert min(gains) > 0.02, gains
+    assert statistics.mean(gains) > 0.03, gains

@@ -1,4 +1,4 @@
-"""Figures of pruning results. Needs matplotlib."""
+"""The candidates of a search, as accuracy against parameters."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
+
+from .figure import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,16 +31,12 @@ def plot_candidates(results: Union[dict[str, Any], str, PathLike[str]]) -> Figur
         >>> plot_candidates("out/pruning_results.json").savefig("candidates.png")
         ```
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'e2vpt-peft[plots]'") from error
+    figure = new_figure(6, 4)
     table: dict[str, Any] = results if isinstance(results, dict) else json.loads(Path(results).read_text())
     unpruned, *candidates = table["candidates"]
     # Candidates that dropped out early were trained for less and are no fair comparison.
     dropped = [row for row in candidates if row["phase"] != row["name"]]
     finished = [row for row in candidates if row["phase"] == row["name"]]
-    figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     if dropped:
         axes.plot(*_points(dropped), "o", color="0.8", label="dropped out early")
@@ -48,6 +46,7 @@ def plot_candidates(results: Union[dict[str, Any], str, PathLike[str]]) -> Figur
     axes.plot(*_points(best), "o", markersize=12, fillstyle="none", color="tab:red", label="kept")
     axes.set_xlabel("parameters of the prompts")
     axes.set_ylabel(table["metric"])
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend()
     return figure
 
