@@ -2,13 +2,13 @@
 
     python examples/benchmarks/compare.py --data_dir DATA --out results/mini.jsonl         # all methods on `mini`
     python examples/benchmarks/compare.py --compare components --out results/parts.jsonl   # one of the ablations
-    python examples/benchmarks/compare.py --suite vtab --data_dir VTAB --recipe paper --epochs 100 --seeds 42 44 82 100 800 \\
-        --model google/vit-base-patch16-224-in21k --out results/vtab.jsonl
+    python examples/benchmarks/compare.py --suite vtab --data_dir VTAB --recipe paper --epochs 100 \\
+        --seeds 42 44 82 100 800 --model google/vit-base-patch16-224-in21k --out results/vtab.jsonl
 
 Each method searches as many learning rates, on the validation images of each task. With the best one it is trained on
-all training images, once for each seed, and the test images are used once. Each training is a line of the file `--out`. The
-same command goes on where it was killed. `--shard 0/2` and `--shard 1/2` split the work between two machines, `--processes`
-on one; small models leave a GPU idle most of the time, so that several processes on one are faster.
+all training images, once for each seed, and the test images are used once. Each training is a line of the file
+`--out`. The same command goes on where it was killed. `--shard 0/2` and `--shard 1/2` split the work between two
+machines, `--processes` within one.
 `report.py` makes tables and plots of the files.
 """
 

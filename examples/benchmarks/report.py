@@ -38,10 +38,11 @@ def main(argv: Sequence[str] | None = None) -> str:
     settings = final(records)[0]["settings"]
     machines = sorted({f"{record['hardware']}, torch {record['torch']}" for record in records})
     seeds = len({record["settings"]["seed"] for record in final(records)})
+    hours = sum(record["seconds"] for record in records) / 3600
     lines = [
         f"Test accuracy in percent, mean ± standard deviation of {seeds} seeds. Backbone {settings['model']}, recipe "
-        f"{settings['recipe']}, {settings['epochs']} epochs, {settings['batch_size']} images a step. {'; '.join(machines)}; "
-        f"{len(records):,} trainings, {sum(record['seconds'] for record in records) / 3600:.1f} hours of process time.",
+        f"{settings['recipe']}, {settings['epochs']} epochs, {settings['batch_size']} images a step. "
+        f"{'; '.join(machines)}; {len(records):,} trainings, {hours:.1f} hours of process time.",
         "Groups: " + "; ".join(f"{task} {group}" for task, group in groups.items()) + ".",
         markdown(summaries, list(groups)),
     ]

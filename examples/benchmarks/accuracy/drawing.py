@@ -42,7 +42,7 @@ def disc(points: Array) -> Array:
 SHAPES: tuple[Shape, ...] = (disc, regular(3), regular(4), regular(6))
 POINTERS: tuple[Shape, ...] = (
     polygon(np.array([[1.0, 0.0], [-0.8, 0.5], [-0.8, -0.5]])),
-    polygon(np.array([[1.0, 0.0], [0.2, 0.5], [-0.9, 0.25], [-0.9, -0.25], [0.2, -0.5]])),
+    polygon(np.array([[1.0, 0.0], [-0.5, 0.45], [-0.8, 0.0], [-0.5, -0.45]])),
 )
 """Shapes that point to the right, and to nowhere else."""
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def plot_parameters(summaries: Sequence[Summary], mean: str = MEANS[0]) -> Figure:
-    """One point for each finished method, with the deviation over seeds: mean accuracy against parameters without head.
+    """One point for each finished method, with the deviation over seeds.
 
     Args:
         summaries (`list[Summary]`): The methods.

@@ -1,4 +1,4 @@
-"""What to train, and on what: the search on the validation images, then once for each seed on all, judged on the test images."""
+"""What to train, and on what: the search on the validation images, then once for each seed on all."""
 
 from __future__ import annotations
 

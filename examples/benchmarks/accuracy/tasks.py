@@ -1,4 +1,4 @@
-"""The tasks as data: VTAB-1k, FGVC, and `mini`, which needs no download. What the paper ran is in `paper_settings.json`."""
+"""The tasks as data: VTAB-1k, FGVC, and `mini`, which needs no download. `paper_settings.json` has the paper's."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FGVC_FOLDERS = {
 }
 
 MINI_SPECIALIZED = ("digits", "sign_digits")
-"""Of `mini`, the tasks that are specialized (one kind of thing, always seen the same way); other photographs are natural."""
+"""Of `mini`, the tasks with one kind of thing, always seen the same way; other photographs are natural."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Train one model once, fast: all images are on the device, batches are taken by index, and nothing waits for a number."""
+"""Train one model once, fast: all images are on the device, batches are indices, and nothing waits for a number."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def precision(device: torch.device) -> AbstractContextManager[None]:
 
 
 def train(model: nn.Module, images: Images, preprocessing: Preprocessing, how: Optimisation) -> None:
-    """Train what is trainable. The same arguments and device give the same weights, up to the device's own determinism."""
+    """Train what is trainable. The same arguments give the same weights, as far as the device's kernels repeat."""
     device = images.labels.device
     torch.manual_seed(how.seed)
     optimizer = make_optimizer(model, how, device)
