@@ -6,6 +6,7 @@ import copy
 import importlib
 import json
 import math
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,7 @@ def test_names_are_unique_and_searches_exist(name: str) -> None:
     names = [method.name for method in variants]
     assert len(set(names)) == len(names)
     assert {method.same_search for method in variants} - {None} <= set(names)
+    assert len(pickle.loads(pickle.dumps(variants))) == len(variants), "they travel to other processes"
 
 
 # Search, resuming, shards

@@ -57,10 +57,10 @@ class Method:
         return self.same_search or self.name
 
 
-def train_parameters(model: PreTrainedModel, task: Task, wanted: Callable[[str], bool]) -> nn.Module:
-    """Train the model's own parameters, those with a wanted name and the head."""
+def train_parameters(model: PreTrainedModel, task: Task, endings: tuple[str, ...]) -> nn.Module:
+    """Train the model's own parameters: those whose names have one of the endings, and the head."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(wanted(name) or name.startswith(f"{HEAD}."))
+        parameter.requires_grad_(name.endswith(endings) or name.startswith(f"{HEAD}."))
     return model
 
 
@@ -89,9 +89,9 @@ def e2vpt(
 
 
 METHODS = (
-    Method("linear probe", 1e-2, partial(train_parameters, wanted=lambda name: False), cached=True),
-    Method("full fine-tuning", 1e-4, partial(train_parameters, wanted=lambda name: True)),
-    Method("BitFit", 3e-3, partial(train_parameters, wanted=lambda name: name.endswith(".bias"))),
+    Method("linear probe", 1e-2, partial(train_parameters, endings=()), cached=True),
+    Method("full fine-tuning", 1e-4, partial(train_parameters, endings=("",))),
+    Method("BitFit", 3e-3, partial(train_parameters, endings=(".bias",))),
     Method("LayerNorm tuning", 3e-3, tune_norms),
     Method(
         "(IA)³",
