@@ -288,6 +288,12 @@ def _find_norm(
     for owner in ancestors:
         found = _first_attribute(owner, (norm_name,) if norm_name else ATTENTION_NORMS)
         if found is not None:
+            norm = getattr(owner, found)
+            # Norms have vectors; anything else may be the attention itself, and never come to an end.
+            if not isinstance(norm, nn.Module) or any(parameter.dim() > 1 for parameter in norm.parameters()):
+                raise ValueError(
+                    refusal + f"for which attention_norm={found!r} is no norm, but {type(norm).__name__}."
+                )
             return owner, found
     looked_for = f"attention_norm={norm_name!r}" if norm_name else f"a norm named one of {', '.join(ATTENTION_NORMS)}"
     names = sorted({child for owner in ancestors for child, _ in owner.named_children()})

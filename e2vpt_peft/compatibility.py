@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Optional
 
 import torch
 from torch import nn
 
+from .adapter_file import NOTHING_LOADED, check_finite, is_prompt
 from .architectures import AttentionSite
 from .config import E2VPTConfig
 from .layer import E2VPTLayer
 from .routing import BASE_MODEL
 
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts in front of the names of parameters in a saved adapter."""
 SIZES = {
     "num_layers": "number of layers",
     "hidden_size": "hidden size",
@@ -118,7 +121,7 @@ def check_prompts(layers: Mapping[str, E2VPTLayer], model: nn.Module, prompts: M
         prompts (`Mapping[str, torch.Tensor]`): Saved prompts, by their names in that model.
 
     Raises:
-        ValueError: Sizes differ; the message has them all.
+        ValueError: Sizes differ; the message has them all. Or values are not finite.
     """
     differences: dict[str, str] = {}
     for key, tensor in prompts.items():
@@ -129,7 +132,7 @@ def check_prompts(layers: Mapping[str, E2VPTLayer], model: nn.Module, prompts: M
         sizes: dict[str, tuple[int, int]] = {}
         if kind == "e2vpt_visual_prompts" and tensor.dim() == 2:  # with pruned segments they are one flat tensor
             sizes = {"hidden_size": (tensor.shape[-1], site.hidden_size)}
-        elif kind == "e2vpt_kv_prompts":
+        elif kind == "e2vpt_kv_prompts" and tensor.dim() in (3, 4):
             sizes = {
                 "num_heads": (tensor.shape[-3], site.num_heads),
                 "head_size": (tensor.shape[-1], site.head_size),
@@ -143,11 +146,36 @@ def check_prompts(layers: Mapping[str, E2VPTLayer], model: nn.Module, prompts: M
         differences["num_layers"] = f"{SIZES['num_layers']} {len(saved_for)} (this model: {len(layers)})"
     if differences:
         raise ValueError(_misfit([differences[size] for size in SIZES if size in differences]))
+    for key, tensor in prompts.items():
+        check_finite(key, tensor, "The state dict of the adapter")
+
+
+def check_backbone_untouched(model: nn.Module, adapter_name: str, names: Iterable[str]) -> None:
+    """Refuse saved tensors that would be loaded into the backbone, or into another adapter.
+
+    Args:
+        model (`nn.Module`): The model that they are for.
+        adapter_name (`str`): The adapter that is loaded.
+        names (`Iterable[str]`): Names of saved tensors, those of `modules_to_save` in the model's own form.
+
+    Raises:
+        ValueError: There are such.
+    """
+    own = f".modules_to_save.{adapter_name}."
+    there = {name.removeprefix(PEFT_PREFIX) for name in model.state_dict()}
+    foreign = [name for name in names if not is_prompt(name) and own not in name]
+    foreign = [name for name in foreign if name.removeprefix(PEFT_PREFIX) in there]
+    if foreign:
+        raise ValueError(
+            f"The state dict of the adapter has '{foreign[0]}' ({len(foreign)} such tensors), which is a weight of "
+            "the model and neither a prompt nor of modules_to_save: loading it would overwrite the model. "
+            f"{NOTHING_LOADED}"
+        )
 
 
 def _misfit(differences: list[str], base_model: Optional[str] = None) -> str:
     backbone = f" ({base_model})" if base_model else ""
     return (
         f"The adapter does not fit this model: it was made for a backbone with {', '.join(differences)}. "
-        f"Load it into the backbone that it was trained on{backbone}. Nothing has been loaded."
+        f"Load it into the backbone that it was trained on{backbone}. {NOTHING_LOADED}"
     )

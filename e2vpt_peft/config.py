@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+import reprlib
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Optional, Union
 
 from peft import PeftConfig
 
+from .adapter_file import NOTHING_LOADED, check_adapter_file
 from .peft_type import E2VPTType
+from .version import __version__
+
+MAX_PROMPTS = 10_000
+"""More than that per layer are no prompts any more (a ViT-B/16 has 197 tokens), and would only fill the memory."""
 
 
 @dataclass
@@ -176,21 +183,33 @@ class E2VPTConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = E2VPTType.E2VPT
+        self._check_inherited()
         for name in ("num_visual_prompts", "num_kv_prompts"):
             check_integer(name, getattr(self, name), at_least=0)
+            if getattr(self, name) > MAX_PROMPTS:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must be {MAX_PROMPTS} or less: the tokens of an image are "
+                    "hundreds, and prompts a few beside them."
+                )
         if self.num_visual_prompts == 0 and self.num_kv_prompts == 0:
             raise ValueError(
                 "num_visual_prompts=0 and num_kv_prompts=0 leave nothing to train: at least one must be 1 or more."
             )
         if self.visual_prompt_depth not in ("deep", "shallow"):
             raise ValueError(f"visual_prompt_depth={self.visual_prompt_depth!r} must be 'deep' or 'shallow'.")
-        if not isinstance(self.share_kv_prompts, bool):
-            raise TypeError(f"share_kv_prompts={self.share_kv_prompts!r} must be True or False.")
+        _check_type("share_kv_prompts", self.share_kv_prompts, bool, "True or False")
         for name in ("prompt_dropout", "kv_prompt_dropout"):
             _check_probability(name, getattr(self, name))
         check_integer("num_segments", self.num_segments, at_least=1)
         if self.num_special_tokens is not None:
             check_integer("num_special_tokens", self.num_special_tokens, at_least=0)
+        _check_type("attention_norm", self.attention_norm, str, "the name of a module", optional=True)
+        _check_names("target_modules", self.target_modules, or_pattern=True)
+        _check_names("exclude_modules", self.exclude_modules, or_pattern=True)
+        _check_names("layers_pattern", self.layers_pattern, or_pattern=True)
+        _check_names("modules_to_save", self.modules_to_save)
+        _check_layers(self.layers_to_transform)
+        _check_backbone(self.backbone)
         if self.token_mask is not None:
             _check_mask("token_mask", self.token_mask, [self.num_visual_prompts])
         if self.segment_mask is not None:
@@ -209,6 +228,54 @@ class E2VPTConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, which is not given.")
 
+    def _check_inherited(self) -> None:
+        """The fields of every PEFT method, which PEFT does not check."""
+        for name in ("base_model_name_or_path", "revision", "peft_version"):
+            _check_type(name, getattr(self, name), str, "a string", optional=True)
+        _check_type("inference_mode", self.inference_mode, bool, "True or False")
+        _check_type("auto_mapping", self.auto_mapping, dict, "a dictionary", optional=True)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: Optional[str] = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Load a configuration, as [`~peft.PeftConfig.from_pretrained`], and check the weights that are beside it.
+
+        PEFT calls this before it touches the model. To read the configuration of an adapter whose weights are
+        refused, call `PeftConfig.from_pretrained`.
+
+        Args:
+            pretrained_model_name_or_path (`str`): The folder, or the repository on the Hub.
+            subfolder (`str`, *optional*): The subfolder of that.
+            **kwargs: Those of `hf_hub_download`.
+
+        Raises:
+            TypeError: A field has the wrong type.
+            ValueError: A field has a value that is not allowed or is of a newer version, or the weights are pickled,
+            damaged, not finite, or not what the configuration says.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if isinstance(config, E2VPTConfig):
+            download, _, _ = cls._split_kwargs(kwargs)
+            check_adapter_file(config, pretrained_model_name_or_path, subfolder, download)
+        return config
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Refuse what a newer version has put into a file, unless it is not in use.
+
+        PEFT would warn and leave it out, and the adapter would compute something else.
+        """
+        known = {known.name for known in fields(cls)}
+        unknown = {name: value for name, value in kwargs.items() if name not in known and value}
+        if unknown and kwargs.get("peft_type") == E2VPTType.E2VPT:
+            raise ValueError(
+                f"The configuration has {', '.join(f'{name}={value!r}' for name, value in unknown.items())}, which "
+                f"e2vpt_peft {__version__} does not know: it was saved by a newer version of e2vpt_peft or PEFT. "
+                f"Upgrade both. {NOTHING_LOADED}"
+            )
+        return kwargs
+
 
 def check_integer(name: str, value: Any, at_least: int) -> None:
     """Refuse what is no integer of at least that size, with the name of the field."""
@@ -225,6 +292,39 @@ def _check_probability(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} must be in [0, 1): 0 for no dropout, below 1 so that something is left.")
 
 
+def _check_type(name: str, value: Any, kind: type, words: str, optional: bool = False) -> None:
+    if not (isinstance(value, kind) or (optional and value is None)):
+        raise TypeError(f"{name}={value!r} must be {words}{' or None' if optional else ''}.")
+
+
+def _check_names(name: str, value: Any, or_pattern: bool = False) -> None:
+    """A collection of names of modules, or in some fields a regular expression."""
+    if value is None:
+        return
+    if isinstance(value, str) and or_pattern:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"{name}={value!r} is no regular expression: {error}.") from None
+    elif not isinstance(value, (list, tuple, set)) or not all(isinstance(one, str) and one for one in value):
+        pattern = ", or a regular expression" if or_pattern else ""
+        raise TypeError(f"{name}={value!r} must be a list of names{pattern}, or None.")
+
+
+def _check_layers(value: Any) -> None:
+    indices = value if isinstance(value, (list, tuple, range)) else [] if value is None else [value]
+    if not all(isinstance(index, int) and not isinstance(index, bool) for index in indices):
+        raise TypeError(f"layers_to_transform={value!r} must be an integer, a list of integers, or None.")
+
+
+def _check_backbone(value: Any) -> None:
+    _check_type("backbone", value, dict, "a dictionary", optional=True)
+    for name in ("num_layers", "hidden_size", "num_heads", "head_size"):
+        size = (value or {}).get(name, 1)
+        for one in size if isinstance(size, list) and size else [size]:
+            check_integer(f"backbone[{name!r}]", one, at_least=1)
+
+
 def _check_mask(name: str, value: Any, shape: list[int]) -> None:
     rows = [value] if len(shape) == 1 else value
     is_mask = (
@@ -236,7 +336,7 @@ def _check_mask(name: str, value: Any, shape: list[int]) -> None:
     if not is_mask:
         raise ValueError(
             f"{name} must be a list of {' lists of '.join(map(str, shape))} booleans, for num_visual_prompts and "
-            f"num_segments, but is {value!r}."
+            f"num_segments, but is {reprlib.repr(value)}."
         )
     if not any(kept for row in rows for kept in row):
-        raise ValueError(f"{name}={value!r} keeps nothing: at least one must be True.")
+        raise ValueError(f"{name}={reprlib.repr(value)} keeps nothing: at least one must be True.")

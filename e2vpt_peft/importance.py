@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from .attention import Prefix
 from .layer import E2VPTLayer
 from .masks import segment_mask, token_mask
+from .non_finite import explain_non_finite
 
 Batch = Mapping[str, Any]
 Scores = tuple[torch.Tensor, torch.Tensor]
@@ -85,6 +86,7 @@ def score_prompts(
 
     Raises:
         ValueError: The method is unknown, a batch has no labels or gives no loss, or there is no batch.
+        FloatingPointError: The loss is NaN or infinite; the message has the batch and the likely cause.
 
     Example:
 
@@ -133,7 +135,7 @@ def score_prompts_by_layer(
         `segments` (layers, number of visual prompts, number of segments). Shallow prompts have one layer.
 
     Raises:
-        ValueError: As for [`score_prompts`].
+        ValueError, FloatingPointError: As for [`score_prompts`].
 
     Example:
 
@@ -167,6 +169,7 @@ def _mean_over_batches(
     """The scores of tokens, (..., prompts), and of segments, of that shape, over the batches of all processes."""
     tokens = math.prod(shape[:-1])
     total = torch.zeros(tokens + math.prod(shape) + 1, dtype=torch.float64)
+    cause = "The batch was one of another process."
     with _undisturbed(model, layers, name):
         total_batches = getattr(dataloader, "__len__", lambda: None)()
         shown = min(filter(None, (total_batches, max_batches)), default=None)
@@ -174,14 +177,18 @@ def _mean_over_batches(
         for number, batch in enumerate(progress):
             if max_batches is not None and number >= max_batches:
                 break
-            parts = score(_Probe(model, layers, name, _as_dict(model, batch)))
-            total += torch.cat([*(part.flatten() for part in parts), torch.ones(1)]).detach().double().cpu()
+            batch = _as_dict(model, batch)
+            parts = score(_Probe(model, layers, name, batch))
+            scores = torch.cat([*(part.flatten() for part in parts), torch.ones(1)]).detach().double().cpu()
+            if total.isfinite().all() and not scores.isfinite().all():
+                cause = f"It began with batch {number}. {explain_non_finite(model, batch)}"
+            total += scores
     total = reduce(total.to(PartialState().device), reduction="sum").cpu()
     if total[-1] == 0:
         raise ValueError("dataloader gave no batch: there is nothing to score prompts on.")
     mean = total[:-1] / total[-1]
     if not mean.isfinite().all():
-        raise ValueError("The loss on the given batches, or its gradient, is not finite: prompts cannot be scored.")
+        raise FloatingPointError(f"The loss or its gradient is NaN or infinite: prompts cannot be scored. {cause}")
     return mean[:tokens].view(shape[:-1]), mean[tokens:].view(shape)
 
 
@@ -252,13 +259,34 @@ class _Probe:
         return prompts[:, None] * others
 
 
+SCALES = (2.0**15, 2.0**10, 2.0**5, 1.0)
+"""Powers of two, which change no digit; the first is the largest that float16 has."""
+
+
+def _gradients(
+    values: torch.Tensor, inputs: list[torch.Tensor], weights: Optional[torch.Tensor] = None
+) -> list[torch.Tensor]:
+    """The gradients of a weighted sum of values, in float64. They can be asked for again.
+
+    The sum is scaled: float16 has no numbers below 6e-8, and of a model that is sure of its answers most gradients are
+    smaller than that.
+    """
+    weights = torch.ones_like(values) if weights is None else weights
+    for scale in SCALES:
+        scaled = torch.autograd.grad(values, inputs, weights * scale, retain_graph=True)
+        gradients = [gradient.double() / scale for gradient in scaled]
+        if all(gradient.isfinite().all() for gradient in gradients):
+            break  # otherwise the scaled ones may have been too large for float16
+    return gradients
+
+
 def _signed(probe: _Probe) -> Scores:
     """d loss / d mask, for masks of ones on tokens and on segments, shared by all layers."""
     leaves = [prompts.clone().requires_grad_() for prompts in probe.prompts]
-    gradients = torch.autograd.grad(probe.loss(leaves), leaves)
+    gradients = _gradients(probe.loss(leaves), leaves)
     segments = torch.zeros(probe.kept.shape, dtype=torch.float64)
     for gradient, prompts in zip(gradients, probe.prompts):  # whose hidden sizes may differ
-        products = (gradient.double() * prompts.double()).cpu()
+        products = (gradient * prompts.double()).cpu()
         segments += products.unflatten(-1, (-1, probe.segments)).sum(-2)
     return segments.sum(-1), segments
 
@@ -357,10 +385,10 @@ def _segments_of_layers(probe: _Probe, together: bool) -> torch.Tensor:
 
     def changes(values: torch.Tensor, weights: Optional[torch.Tensor] = None, samples: int = 1) -> torch.Tensor:
         """Of the weighted sum of values, to first order, (layers or 1, samples, tokens, segments)."""
-        gradients = torch.autograd.grad(values, rows, weights, retain_graph=True)
+        gradients = _gradients(values, rows, weights)
         parts = [
             # Summed over the windows of a sample.
-            torch.einsum("tshd,bthd->bts", step, gradient[:, : len(step)].double()).unflatten(0, (samples, -1)).sum(1)
+            torch.einsum("tshd,bthd->bts", step, gradient[:, : len(step)]).unflatten(0, (samples, -1)).sum(1)
             for step, gradient in zip(steps, gradients)
         ]
         keys_and_values = torch.stack(parts).unflatten(0, (-1, 2)).sum(1)
@@ -425,10 +453,10 @@ def _segments_by_midpoints(probe: _Probe) -> torch.Tensor:
             prompts = prompts.clone()
             prompts[:, segment :: probe.segments] /= 2
             halved.append(prompts.requires_grad_())
-        gradients = torch.autograd.grad(probe.loss(halved), halved)
+        gradients = _gradients(probe.loss(halved), halved)
         for gradient, prompts in zip(gradients, probe.prompts):
             part = slice(segment, None, probe.segments)
-            changes[:, segment] -= (gradient[:, part].double() * prompts[:, part].double()).sum(-1).cpu()
+            changes[:, segment] -= (gradient[:, part] * prompts[:, part].double()).sum(-1).cpu()
     return changes
 
 
@@ -451,8 +479,8 @@ def _attention_gate(probe: _Probe) -> Scores:
     else:
         with _prefix_hooks(probe.layers, gate):
             loss = probe.loss()
-    (gradient,) = torch.autograd.grad(loss, [bias])
-    return gradient.double().cpu().abs(), _segments_by_keys_and_values(probe)
+    (gradient,) = _gradients(loss, [bias])
+    return gradient.cpu().abs(), _segments_by_keys_and_values(probe)
 
 
 SCORING_METHODS: dict[str, Callable[[_Probe], Scores]] = {

@@ -7,11 +7,12 @@ components that are left are parameters, in one flat tensor.
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
 
-from .config import E2VPTConfig
+if TYPE_CHECKING:
+    from .config import E2VPTConfig
 
 
 def token_mask(config: E2VPTConfig) -> torch.Tensor:

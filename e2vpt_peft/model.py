@@ -17,16 +17,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import AttentionSite, explain_no_default_targets, find_attention_site, find_default_targets
-from .compatibility import check_adapter_name, check_backbone, check_prompts, describe_backbone
+from .compatibility import (
+    PEFT_PREFIX,
+    check_adapter_name,
+    check_backbone,
+    check_backbone_untouched,
+    check_prompts,
+    describe_backbone,
+)
 from .config import E2VPTConfig
 from .heads import check_modules_to_save, route_modules_to_save
 from .layer import CANNOT_MERGE, E2VPTLayer
 from .layouts import former_names, in_present_layout
 from .routing import BASE_MODEL, route_samples
 from .shallow import TokenInsertion
-
-PEFT_PREFIX = "base_model.model."
-"""What PEFT puts in front of the names of parameters in a saved adapter."""
 
 
 class E2VPTModel(BaseTuner):
@@ -274,6 +278,7 @@ class E2VPTModel(BaseTuner):
             if dot:
                 prompts[f"{name}{dot}{prompt}"] = tensor
         check_prompts(layers, backbone, prompts)
+        check_backbone_untouched(model, adapter_name, renamed)
         for layer in layers.values():
             layer.forget_initial_prompts_if_untrained(adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)

@@ -250,6 +250,32 @@ def test_bad_input_is_refused_in_words():
         score_prompts(model, [], progress_bar=False)
     with pytest.raises(ValueError, match="a pair"):
         score_prompts(model, [images()], progress_bar=False)
-    bad = [{"pixel_values": images(4) * float("nan"), "labels": LABELS}]
-    with pytest.raises(ValueError, match="not finite"):
+    bad = [*data(), {"pixel_values": images(4) * float("nan"), "labels": LABELS}]
+    with pytest.raises(FloatingPointError, match=f"batch {len(bad) - 1}.*NaN or infinite values in pixel_values"):
         score_prompts(model, bad, progress_bar=False)
+
+
+def test_small_gradients_survive_float16():
+    """Of a model that is sure of its answers, most are below what float16 has."""
+    values = torch.ones(3, requires_grad=True)
+    loss = values.half().float().sum() * 1e-9
+    (vanished,) = torch.autograd.grad(loss, [values], retain_graph=True)
+    assert vanished.count_nonzero() == 0
+    (gradient,) = importance._gradients(loss, [values])
+    torch.testing.assert_close(gradient, torch.full((3,), 1e-9, dtype=torch.float64), rtol=1e-2, atol=0)
+
+
+def test_gradients_that_are_too_large_when_scaled_are_computed_with_a_smaller_scale():
+    values = torch.ones(3, requires_grad=True)
+    loss = (values.half().float() * 30000).sum()
+    (gradient,) = importance._gradients(loss, [values])
+    torch.testing.assert_close(gradient, torch.full((3,), 30000.0, dtype=torch.float64), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("method", SCORING_METHODS)
+def test_scores_under_float16_autocast_are_those_of_float32(method):
+    model = prompted(dtype=torch.float32)
+    exact = score_prompts(model, data(), method, progress_bar=False).segments
+    with torch.autocast("cpu", torch.float16):
+        half = score_prompts(model, data(), method, progress_bar=False).segments
+    assert torch.corrcoef(torch.stack([exact.flatten(), half.flatten()]))[0, 1] > 0.99

@@ -57,6 +57,10 @@ class PruningArguments:
         metadata={"help": "For 'halving': one in so many candidates goes on, with so many times the epochs."},
     )
     halving_rounds: int = field(default=4, metadata={"help": "For 'halving': the number of rounds."})
+    skip_diverged: bool = field(
+        default=False,
+        metadata={"help": "Give up a candidate whose loss is NaN or infinite, in place of stopping the search."},
+    )
 
     def __post_init__(self) -> None:
         for name in ("token_rates", "segment_rates"):
@@ -71,6 +75,8 @@ class PruningArguments:
         for name in ("min_tokens", "min_segments", "max_score_batches", "halving_rounds"):
             _integer(name, getattr(self, name), 1, optional=name in ("min_segments", "max_score_batches"))
         _integer("halving_factor", self.halving_factor, 2)
+        if not isinstance(self.skip_diverged, bool):
+            raise TypeError(f"skip_diverged={self.skip_diverged!r} must be True or False.")
 
 
 @dataclass
@@ -108,6 +114,9 @@ class PruningConfig(PruningArguments):
         halving_rounds (`int`, defaults to `4`):
             For `"halving"`: the number of rounds. The first one has `1 / halving_factor ** (halving_rounds - 1)` of
             the epochs, but at least 1.
+        skip_diverged (`bool`, defaults to `False`):
+            Give up a candidate whose loss becomes NaN or infinite; its metric is NaN then, and it is no choice.
+            Otherwise such a loss stops the search, as it does in any case while the adapter is tuned or scored.
 
     Raises:
         TypeError: A field has the wrong type.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load, save
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .files import write_atomically
 from .snapshot import Snapshot
 
 FOLDER, RECORDS = "_pruning_state", "state.json"
@@ -40,13 +40,6 @@ def on_main_process(make: Callable[[], T]) -> T:
     if box[1] is not None:
         raise box[1]
     return box[0]
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a process that is killed meanwhile, sees the old or the new one whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 class SearchState:

@@ -7,12 +7,15 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
+import torch
 from peft import PeftModel
+from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import enable_full_determinism, set_seed
@@ -21,12 +24,15 @@ from transformers.trainer_utils import TrainOutput
 
 from ..config import E2VPTConfig
 from ..importance import PromptScores, prompted_layers, score_prompts
+from ..model_card.write import README
+from ..non_finite import explain_non_finite, is_finite
 from ..pruning import rewind_prompts, set_masks
 from .config import PruningArguments, PruningConfig
+from .files import whole_files, write_atomically
 from .model_card import ModelCardTrainer, results_in
 from .search import Candidate, choose, list_candidates, plan_rounds, search
 from .snapshot import restore_initial_values, restore_snapshot, take_initial_values, take_snapshot
-from .state import SearchState, on_main_process, write_atomically
+from .state import SearchState, on_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +133,7 @@ class E2VPTTrainer(ModelCardTrainer):
 
         Raises:
             ValueError: Something needed is missing or does not go together. Nothing has been trained.
+            FloatingPointError: A loss is NaN or infinite; see `PruningConfig(skip_diverged=True)` for candidates.
         """
         start_time = time.time()
         adapter_name, adapter_config = self._check_setup(resume_from_checkpoint, trial)
@@ -229,11 +236,18 @@ class E2VPTTrainer(ModelCardTrainer):
         if args.warmup_steps >= 1:
             args.warmup_steps = int(args.warmup_steps * length / full)
         prepare()
-        self.args = args
+        self.args, self._phase = args, phase
         try:
             self._begin(args.seed, args.full_determinism)
             output = super().train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=self._ignore_keys)
+            self._check_weights()
             metrics = self.evaluate(ignore_keys=self._ignore_keys)
+        except FloatingPointError as error:
+            if not (self.pruning_config.skip_diverged and phase.startswith("candidate")):
+                raise
+            logger.warning("%s The candidate is skipped.", error)
+            output = TrainOutput(self.state.global_step, math.nan, {})
+            metrics = {self._metric_name: math.nan}
         finally:
             self.args = user_args
         self._check_metric(metrics)
@@ -245,6 +259,41 @@ class E2VPTTrainer(ModelCardTrainer):
         }
         model: Any = self.model
         state.finish(phase, record, take_snapshot(model, self._adapter_name))
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As [`~transformers.Trainer.training_step`], but refuses a loss that is NaN or infinite.
+
+        Raises:
+            FloatingPointError: It is. The message has the phase, the step and the likely cause; the weights are those
+            of the step before.
+        """
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        finite = loss.isfinite().all()
+        if self.args.world_size > 1:  # all stop, or none
+            finite = self.accelerator.reduce(finite.float(), "mean") == 1
+        if not finite:
+            raise FloatingPointError(
+                f"The loss of phase '{self._phase}' is {loss.mean().item()} at step {self.state.global_step + 1}. "
+                f"{explain_non_finite(model, inputs)}"
+            )
+        return loss
+
+    def _check_weights(self) -> None:
+        """The last update of a phase may be the one that overflows, and a metric need not show it."""
+        model: Any = self.model
+        spoilt = [name for name, parameter in model.named_parameters() if not is_finite(parameter)]
+        if spoilt:
+            raise FloatingPointError(
+                f"'{spoilt[0]}' is NaN or infinite after the last step of phase '{self._phase}' "
+                f"({self.state.global_step}): try a lower learning rate, or gradient clipping (max_grad_norm)."
+            )
+
+    def _save(self, output_dir: Optional[str] = None, state_dict: Optional[dict[str, Any]] = None) -> None:
+        if not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        with whole_files(Path(str(self.args.output_dir if output_dir is None else output_dir)), [README]) as folder:
+            super()._save(str(folder), state_dict)
 
     def _begin(self, seed: int, full_determinism: bool) -> None:
         """Make the Trainer forget the last phase: its optimizer, its wrappers, what callbacks counted, randomness."""

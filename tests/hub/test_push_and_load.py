@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+
 import pytest
 import torch
 
@@ -83,3 +85,20 @@ def test_pruned_prompts_are_not_uploaded(hub: HubServer, client: HubClient) -> N
         for name in ("ann/whole", "ann/pruned")
     )
     assert less < whole
+
+
+def upload_pickled(repo: str) -> None:
+    from huggingface_hub import HfApi
+
+    with tempfile.TemporaryDirectory() as folder:
+        adapted().save_pretrained(folder, safe_serialization=False)
+        api = HfApi(token="hf_ann")
+        api.create_repo(repo)
+        api.upload_folder(repo_id=repo, folder_path=folder, ignore_patterns="README.md")
+
+
+def test_pickled_weights_are_refused(hub: HubServer, client: HubClient) -> None:
+    client.run(upload_pickled, "ann/pickled")
+    assert "adapter_model.bin" in hub.storage.repositories["ann/pickled"].at("main").files
+    with pytest.raises(RaisedInClient, match="no pickle is loaded"):
+        client.run(load, "ann/pickled")

@@ -65,12 +65,6 @@ class TestRoundTrip:
         prompts = {attention.format(layer, kind) for layer in range(3) for kind in ("visual", "kv")}
         assert set(tensors) == prompts | {"base_model.model.classifier.weight", "base_model.model.classifier.bias"}
 
-    def test_pickled_weights_work_too(self, tmp_path: Path) -> None:
-        model = adapted()
-        model.save_pretrained(tmp_path, safe_serialization=False)
-        assert (tmp_path / "adapter_model.bin").exists()
-        assert torch.equal(logits(PeftModel.from_pretrained(tiny_vit(), tmp_path)), logits(model))
-
     def test_a_trainable_adapter_goes_on_training(self, saved: tuple[PeftModel, Path]) -> None:
         loaded = PeftModel.from_pretrained(tiny_vit(), saved[1], is_trainable=True)
         assert all(parameter.requires_grad for parameter in prompt_parameters(loaded).values())

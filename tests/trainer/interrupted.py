@@ -17,7 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from e2vpt_peft import E2VPTTrainer
-from e2vpt_peft.trainer import state
+from e2vpt_peft.trainer import files
 
 from . import toy
 
@@ -92,11 +92,11 @@ def start(folder: Any, events: Events, resume: bool, **options: Any) -> Any:
         callbacks=[events],
     )
     trainer.events = events
-    state.os = _Os(events)  # type: ignore[assignment]
+    files.os = _Os(events)  # type: ignore[assignment]
     try:
         return trainer, trainer.train(resume_from_checkpoint=resume)
     finally:
-        state.os = os
+        files.os = os
 
 
 if __name__ == "__main__":

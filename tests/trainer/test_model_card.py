@@ -146,7 +146,7 @@ class TestSearch:
 
         def record(folder: Path) -> None:
             write(folder)
-            cards[folder] = card(folder)
+            cards[folder.parent] = card(folder)  # files go into a folder of their own until all are whole
 
         trainer._write_card = record
         trainer.train()

@@ -66,7 +66,7 @@ def start_until_finished(folder, every, options):
     return trainer
 
 
-@pytest.mark.parametrize(("saving", "every"), [("nothing", 14), ("epochs", 13), ("steps", 12), ("best", 14)])
+@pytest.mark.parametrize(("saving", "every"), [("nothing", 14), ("epochs", 24), ("steps", 24), ("best", 26)])
 def test_a_search_that_is_interrupted_again_and_again_comes_out_the_same(tmp_path, saving, every, uninterrupted):
     options = {**SAVING[saving], "pruning": SMALL}
     folder, expected = uninterrupted(saving, **options)
@@ -81,7 +81,7 @@ def test_halving_from_fresh_values_is_resumed_as_well(tmp_path, uninterrupted):
     pruning = {"search": "halving", "halving_factor": 2, "rewind": "fresh", "tolerance": 10.0, **SMALL}
     options = {**SAVING["epochs"], "pruning": pruning}
     folder, expected = uninterrupted("fresh", **options)
-    trainer = start_until_finished(tmp_path, 13, options)
+    trainer = start_until_finished(tmp_path, 24, options)
     assert results(tmp_path) == results(folder)
     assert results(folder)["best"] != "unpruned"
     same(snapshot(trainer), expected, 1e-6)
@@ -194,7 +194,7 @@ def test_a_process_that_is_killed_again_and_again_leaves_the_same_result(tmp_pat
     root = Path(__file__).parents[2]
     for attempt in range(20):
         process = subprocess.run(
-            [sys.executable, "-m", "tests.trainer.interrupted", str(tmp_path), str(17 + attempt), json.dumps(options)],
+            [sys.executable, "-m", "tests.trainer.interrupted", str(tmp_path), str(24 + attempt), json.dumps(options)],
             cwd=root,
             capture_output=True,
             text=True,

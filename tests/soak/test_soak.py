@@ -1,0 +1,32 @@
+"""Short versions of the soak tests. docs/robustness.md has the counts of the long ones."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from . import long_life
+
+
+@pytest.mark.slow
+def test_adapters_come_and_go_without_a_trace() -> None:
+    results = long_life.run(adapters=40, switches=60, rounds=40)
+    assert {result["tensors"] for result in results.values()} == {0}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
+def test_killed_searches_and_saves_come_out_whole() -> None:
+    # In a process of its own: one that has computed in several threads must not fork.
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.soak.kill", "--kills", "3", "--saves", "3"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert "kill_searches" in process.stdout and "kill_saves {'kills': 3" in process.stdout
