@@ -1,4 +1,4 @@
-# Every target makes and uses .venv; nothing needs to be installed by hand but Python 3.10 or newer.
+# Every target makes and uses .venv; nothing needs to be installed by hand but Python 3.11 or newer (constraints.txt has nothing for 3.10).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

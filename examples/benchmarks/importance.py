@@ -1,7 +1,7 @@
 """How well each score of `score_prompts` predicts what removing a prompt, or a segment of one, does to the loss.
 
     python examples/benchmarks/importance.py                                  # handwritten digits, shipped backbone
-    python examples/benchmarks/importance.py --data_dir DATA --model MODEL    # every parquet set in DATA instead
+    python examples/benchmarks/importance.py --data_dir DATA --model MODEL    # and every parquet set in DATA
 
 For every task, depth and seed, prompts are trained; then each method scores them on the training images. The tables
 have the Spearman rank correlation of its scores with the true change of the loss when that token or segment is
@@ -57,7 +57,7 @@ class Options:
 
     model: str = field(default=str(EXAMPLES / "backbone"), metadata={"help": "Backbone: a Hub id or a folder."})
     data_dir: str | None = field(default=None, metadata={"help": "Folder with a folder of parquet files per task."})
-    tasks: list[str] | None = field(default=None, metadata={"help": "Those of data_dir to measure; default all."})
+    tasks: list[str] | None = field(default=None, metadata={"help": "Names of folders in data_dir, and digits; default all."})
     seeds: int = field(default=3, metadata={"help": "Runs per task."})
     train_per_class: int = field(default=20, metadata={"help": "Training images per class."})
     max_test_images: int = field(default=400, metadata={"help": "Unseen images."})
@@ -110,7 +110,7 @@ def runs(options: Options) -> Iterator[tuple[str, int, str | None]]:
     """Name of the task, seed, and data set, of every run; all tasks of a seed before the next seed."""
     folders: dict[str, str | None] = {"digits": None}
     if options.data_dir is not None:
-        folders = {p.name: str(p) for p in sorted(Path(options.data_dir).iterdir()) if p.is_dir()}
+        folders |= {p.name: str(p) for p in sorted(Path(options.data_dir).iterdir()) if p.is_dir()}
     for seed in range(options.seeds):
         for name in options.tasks or folders:
             yield name, seed, folders[name]

@@ -1,0 +1,14 @@
+"""The parts of `compare.py` and `report.py`: accuracy of methods on tasks, over seeds.
+
+`tasks` and `images` hold the data, `drawing` makes some of it, `methods` and `ablations` list what is compared,
+`training` trains one model once, `protocol` decides what to train, `records` keeps the results, `tables` and `plots`
+show them.
+"""
+
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[2]
+
+if str(EXAMPLES) not in sys.path:
+    sys.path.append(str(EXAMPLES))  # for quickstart.py, whose backbone and digits serve here, too

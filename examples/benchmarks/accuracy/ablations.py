@@ -1,0 +1,30 @@
+"""The paper's ablations: variants of E²VPT, one table of results each."""
+
+from __future__ import annotations
+
+from e2vpt_peft.importance import SCORING_METHODS
+
+from .methods import METHODS, Method, Pruning, e2vpt
+
+TUNED = "E²VPT"
+
+ABLATIONS: dict[str, tuple[Method, ...]] = {
+    "methods": METHODS,
+    "components": (
+        e2vpt("visual prompts", num_kv_prompts=0),
+        e2vpt("key-value prompts", num_visual_prompts=0),
+        e2vpt(TUNED),
+        e2vpt("pruned tokens", Pruning(segments=False), TUNED),
+        e2vpt("pruned segments", Pruning(tokens=False), TUNED),
+        e2vpt("pruned, no rewinding", Pruning(rewind=False), TUNED),
+        e2vpt("E²VPT, pruned", Pruning(), TUNED),
+    ),
+    "visual_prompts": tuple(e2vpt(f"{n} visual prompts", num_visual_prompts=n) for n in (1, 5, 10, 20, 50)),
+    "kv_prompts": tuple(e2vpt(f"{n} key-value prompts", num_kv_prompts=n) for n in (0, 1, 5, 10, 20)),
+    "sharing": (e2vpt("shared K and V"), e2vpt("separate K and V", share_kv_prompts=False)),
+    "importance": (
+        e2vpt(TUNED),
+        *(e2vpt(f"importance: {name}", Pruning(importance=name), TUNED) for name in SCORING_METHODS),
+    ),
+}
+"""By the name for `--compare`. Left out is the paper's ablation of the initialisation: the package has one only."""

@@ -1,0 +1,124 @@
+"""What is compared, as data: the first table below. A method makes the trainable model out of a backbone.
+
+Visual prompt tuning (VPT) is E²VPT without key-value prompts, and is run as that. Every method trains the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, get_peft_model
+from quickstart import HEAD
+from torch import nn
+from transformers import PreTrainedModel
+
+from e2vpt_peft import E2VPTConfig
+
+from .tasks import Task
+
+Adapt = Callable[[PreTrainedModel, Task], nn.Module]
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What is pruned after tuning, and how training goes on."""
+
+    tokens: bool = True
+    segments: bool = True
+    rewind: bool = True
+    importance: str = "removal"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method.
+
+    Attributes:
+        name (`str`): Its name in results and tables.
+        learning_rate (`float`): The middle of the learning rates that are tried, see [`protocol.Recipe`].
+        adapt (`Callable`): Makes what is to be trained trainable, and nothing else.
+        pruning ([`Pruning`], *optional*): Prune the trained prompts and train again.
+        same_search (`str`, *optional*): The method that differs in pruning alone, whose learning rate serves here.
+        cached (`bool`): Only the head is trained, so that features are computed once.
+    """
+
+    name: str
+    learning_rate: float
+    adapt: Adapt
+    pruning: Pruning | None = None
+    same_search: str | None = None
+    cached: bool = False
+
+    @property
+    def searched_as(self) -> str:
+        return self.same_search or self.name
+
+
+def train_parameters(model: PreTrainedModel, task: Task, endings: tuple[str, ...]) -> nn.Module:
+    """Train the model's own parameters: those whose names have one of the endings, and the head."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith(endings) or name.startswith(f"{HEAD}."))
+    return model
+
+
+def add_adapter(model: PreTrainedModel, task: Task, config: Callable[..., PeftConfig], **options: Any) -> nn.Module:
+    """One of PEFT's methods."""
+    return get_peft_model(model, config(modules_to_save=[HEAD], **options))
+
+
+def tune_norms(model: PreTrainedModel, task: Task) -> nn.Module:
+    """PEFT's LayerNorm tuning, of every LayerNorm."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
+    return add_adapter(model, task, LNTuningConfig, target_modules=names)
+
+
+def add_prompts(model: PreTrainedModel, task: Task, **options: Any) -> nn.Module:
+    """E²VPT with the task's numbers of prompts, or others."""
+    counts = {"num_visual_prompts": task.visual_prompts, "num_kv_prompts": task.kv_prompts}
+    return add_adapter(model, task, E2VPTConfig, **{**counts, **options})
+
+
+def e2vpt(
+    name: str = "E²VPT", pruning: Pruning | None = None, same_search: str | None = None, **options: Any
+) -> Method:
+    """A variant of E²VPT."""
+    return Method(name, 1e-2, partial(add_prompts, **options), pruning, same_search)
+
+
+METHODS = (
+    Method("linear probe", 1e-2, partial(train_parameters, endings=()), cached=True),
+    Method("full fine-tuning", 1e-4, partial(train_parameters, endings=("",))),
+    Method("BitFit", 3e-3, partial(train_parameters, endings=(".bias",))),
+    Method("LayerNorm tuning", 3e-3, tune_norms),
+    Method(
+        "(IA)³",
+        1e-2,
+        partial(
+            add_adapter, config=IA3Config, target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"]
+        ),
+    ),
+    Method(
+        "LoRA",
+        3e-3,
+        partial(add_adapter, config=LoraConfig, target_modules=["q_proj", "v_proj"], r=8, lora_alpha=16),
+    ),
+    e2vpt("VPT-Shallow", visual_prompt_depth="shallow", num_kv_prompts=0),
+    e2vpt("VPT-Deep", num_kv_prompts=0),
+    e2vpt("E²VPT"),
+    e2vpt("E²VPT, pruned", pruning=Pruning(), same_search="E²VPT"),
+)
+
+
+def choose(methods: tuple[Method, ...], names: list[str] | None) -> list[Method]:
+    """Some of the methods, by name.
+
+    Raises:
+        ValueError: A name is not there.
+    """
+    known = [method.name for method in methods]
+    if unknown := sorted(set(names or []) - set(known)):
+        raise ValueError(f"methods has {unknown}, but must be among {', '.join(map(repr, known))}.")
+    return [method for method in methods if names is None or method.name in names]

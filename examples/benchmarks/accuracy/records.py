@@ -1,0 +1,68 @@
+"""Results as JSON lines: one line for each training, written when it is finished, and never made twice."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def read(path: Path) -> list[Record]:
+    """The records in a file. A line that a killed process left unfinished is passed over."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def read_all(paths: Iterable[Path]) -> list[Record]:
+    """The records of several files, as several machines wrote them; what two of them ran counts once."""
+    return list({key(record["settings"]): record for path in paths for record in read(path)}.values())
+
+
+def key(settings: dict[str, Any]) -> str:
+    """By which two trainings are the same."""
+    return json.dumps(settings, sort_keys=True)
+
+
+class Store:
+    """A file of records that grows. Several processes may write to the same one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            self._append("")  # so that the next record does not continue a line that was cut off
+        self.known = {key(record["settings"]): record for record in read(path)}
+
+    def once(self, settings: dict[str, Any], measure: Callable[[], Record]) -> Record:
+        """The record of these settings: the one in the file, or a new one.
+
+        Args:
+            settings (`dict[str, Any]`): All that tells one training from another.
+            measure (`Callable`): Trains, and returns what else goes into the record.
+        """
+        name = key(settings)
+        if name not in self.known:
+            record = {"settings": settings, **measure()}
+            self._append(json.dumps(record, ensure_ascii=False))
+            self.known[name] = record
+        return self.known[name]
+
+    def _append(self, line: str) -> None:
+        """Write a whole line in one go, so that those of several processes do not mix."""
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        try:
+            os.write(file, f"{line}\n".encode())
+            os.fsync(file)
+        finally:
+            os.close(file)

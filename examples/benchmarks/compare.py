@@ -1,0 +1,134 @@
+"""Accuracy of methods on tasks, over seeds.
+
+    python examples/benchmarks/compare.py --data_dir DATA --out results/mini.jsonl         # all methods on `mini`
+    python examples/benchmarks/compare.py --compare components --out results/parts.jsonl   # one of the ablations
+    python examples/benchmarks/compare.py --suite vtab --data_dir VTAB --recipe paper --epochs 100 \\
+        --seeds 42 44 82 100 800 --model google/vit-base-patch16-224-in21k --out results/vtab.jsonl
+
+Each method searches as many learning rates, on the validation images of each task. With the best one it is trained on
+all training images, once for each seed, and the test images are used once. Each training is a line of the file
+`--out`. The same command goes on where it was killed. `--shard 0/2` and `--shard 1/2` split the work between two
+machines, `--processes` within one.
+`report.py` makes tables and plots of the files.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accuracy import EXAMPLES
+from accuracy.ablations import ABLATIONS
+from accuracy.methods import Method, choose
+from accuracy.protocol import RECIPES, Bench, Plan, split_work
+from accuracy.records import Record, Store
+from accuracy.tasks import Task, select, suite
+from transformers import HfArgumentParser
+from transformers.utils import logging
+
+
+@dataclass
+class Arguments:
+    """Options of the comparison."""
+
+    out: str = field(metadata={"help": "File of results, JSON lines. What it has is not run again."})
+    suite: str = field(default="mini", metadata={"help": "Tasks: mini, vtab or fgvc."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder with a folder for each task."})
+    tasks: list[str] | None = field(default=None, metadata={"help": "Only these tasks of the suite."})
+    leave_out: list[str] = field(
+        default_factory=list, metadata={"help": "Not these, for example the one the backbone was pretrained on."}
+    )
+    compare: str = field(default="methods", metadata={"help": f"What to compare: {', '.join(ABLATIONS)}."})
+    methods: list[str] | None = field(default=None, metadata={"help": "Only these, by the names in the tables."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of the final trainings."})
+    model: str = field(default=str(EXAMPLES / "backbone"), metadata={"help": "Backbone: a Hub id or a folder."})
+    recipe: str = field(
+        default="quick",
+        metadata={
+            "help": (
+                "quick: AdamW, five learning rates around each method's own, four candidates for pruning. paper: SGD, "
+                "ten learning rates by four weight decays, 81 candidates."
+            )
+        },
+    )
+    epochs: int = field(default=50, metadata={"help": "Epochs of every training."})
+    batch_size: int = field(default=64, metadata={"help": "Images per step."})
+    device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: cuda if there is one."})
+    shard: str = field(default="0/1", metadata={"help": "i/n: the i-th of n parts of the work, counted from 0."})
+    processes: int = field(default=1, metadata={"help": "Processes on this machine."})
+    threads: int = field(default=1, metadata={"help": "CPU threads of each process."})
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("compare", self.compare, ABLATIONS), ("recipe", self.recipe, RECIPES)):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(allowed)}.")
+        if not self.seeds:
+            raise ValueError("seeds is empty: give at least one.")
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`i/n` as two numbers."""
+    try:
+        index, number = map(int, text.split("/"))
+    except ValueError:
+        raise ValueError(f"shard={text!r} must be two numbers, as in 0/2.") from None
+    return index, number
+
+
+def cells_of(tasks: list[Task], methods: list[Method]) -> list[tuple[Task, list[Method]]]:
+    """What one process does at a time: a task, and the methods that share a search."""
+    shared: dict[str, list[Method]] = {}
+    for method in methods:
+        shared.setdefault(method.searched_as, []).append(method)
+    return [(task, together) for task in tasks for together in shared.values()]
+
+
+def run_cell(task: Task, methods: list[Method], plan: Plan, out: Path, threads: int) -> list[Record]:
+    """All trainings of a cell, in this or in a process of its own. Returns the final records."""
+    torch.set_num_threads(threads)
+    logging.set_verbosity_error()  # a new head is no news
+    logging.disable_progress_bar()
+    bench = Bench(task, plan, Store(out))
+    return [record for method in methods for record in bench.run(method)]
+
+
+def show(records: list[Record], done: int, total: int) -> None:
+    for record in records:
+        settings = record["settings"]
+        place = f"{settings['task']}, {settings['method']}, seed {settings['seed']}"
+        print(
+            f"[{done}/{total}] {place}: {record['accuracy']:.1%}, learning rate {settings['learning_rate']:g}",
+            flush=True,
+        )
+
+
+def main(argv: list[str] | None = None) -> list[Record]:
+    """Run what is not yet in the file; the final records of this shard."""
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)  # type: ignore[arg-type]
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    plan = Plan(args.model, args.data_dir, args.recipe, args.epochs, args.batch_size, tuple(args.seeds), device)
+    tasks = select(suite(args.suite, args.data_dir), args.tasks, args.leave_out)
+    methods = choose(ABLATIONS[args.compare], args.methods)
+    cells = split_work(cells_of(tasks, methods), parse_shard(args.shard))
+    results: list[Record] = []
+    if args.processes == 1:
+        for number, (task, together) in enumerate(cells, start=1):
+            found = run_cell(task, together, plan, Path(args.out), args.threads)
+            show(found, number, len(cells))
+            results += found
+        return results
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with ProcessPoolExecutor(args.processes, mp_context=context) as pool:
+        work = [pool.submit(run_cell, *cell, plan, Path(args.out), args.threads) for cell in cells]
+        for number, future in enumerate(as_completed(work), start=1):
+            show(future.result(), number, len(cells))
+            results += future.result()
+    return results
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
