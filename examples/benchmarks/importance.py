@@ -57,7 +57,9 @@ class Options:
 
     model: str = field(default=str(EXAMPLES / "backbone"), metadata={"help": "Backbone: a Hub id or a folder."})
     data_dir: str | None = field(default=None, metadata={"help": "Folder with a folder of parquet files per task."})
-    tasks: list[str] | None = field(default=None, metadata={"help": "Names of folders in data_dir, and digits; default all."})
+    tasks: list[str] | None = field(
+        default=None, metadata={"help": "Names of folders in data_dir, and digits; default all."}
+    )
     seeds: int = field(default=3, metadata={"help": "Runs per task."})
     train_per_class: int = field(default=20, metadata={"help": "Training images per class."})
     max_test_images: int = field(default=400, metadata={"help": "Unseen images."})
