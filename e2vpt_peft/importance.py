@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from .attention import Prefix
 from .layer import E2VPTLayer
 from .masks import segment_mask, token_mask
+from .modes import evaluating
 from .non_finite import explain_non_finite
 
 Batch = Mapping[str, Any]
@@ -521,21 +522,17 @@ def _token_bias(layers: list[E2VPTLayer], bias: torch.Tensor) -> Iterator[None]:
 @contextmanager
 def _undisturbed(model: nn.Module, layers: list[E2VPTLayer], adapter_name: str) -> Iterator[None]:
     """With the adapter active and the model in eval mode; leaves both, and the random state, as they were."""
-    modes = {module: module.training for module in model.modules()}
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     active = list(layers[0].active_adapters)
     states = (random.getstate(), np.random.get_state(), torch.get_rng_state())
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
         set_adapter(model, adapter_name)
-        model.eval()
-        with torch.enable_grad():
+        with evaluating(model), torch.enable_grad():
             yield
     finally:
         if active != [adapter_name]:
             set_adapter(model, active)
-        for module, training in modes.items():
-            module.training = training
         for parameter, requires_grad in trainable.items():
             parameter.requires_grad_(requires_grad)
         random.setstate(states[0])

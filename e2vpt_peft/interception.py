@@ -79,7 +79,7 @@ def _attend_with_prefix(
 
 # What may happen to attention scores between the first product and the second, by the names of PyTorch's functions.
 SCALING = {"mul", "div", "truediv"}
-ADDING = {"add", "iadd", "sub", "masked_fill"}
+ADDING = {"add", "iadd", "masked_fill"}
 RESHAPING = {"view", "reshape", "contiguous", "float", "to", "type_as"}
 
 
@@ -108,13 +108,12 @@ class ProductsMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Optional[dict[str, Any]] = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.__name__.strip("_")
-        if self.is_done:
-            return result
+        kwargs, name = kwargs or {}, func.__name__.strip("_")
+        if self.own is not None and not self.is_done and any(arg is self.own for arg in args):
+            return self._follow(func, name, args, kwargs)
+        result = func(*args, **kwargs)
         if self.own is not None:
-            is_concerned = any(arg is self.own for arg in args)
-            return self._follow(func, name, args, kwargs or {}, result) if is_concerned else result
+            return result
         if name == "normalize" or (name == "transpose" and self._is_normalized(args[0])):
             self.normalized.append(result)
         elif name == "matmul" and args[0].dim() == 4 and result.shape[-2] == result.shape[-1]:
@@ -141,18 +140,16 @@ class ProductsMode(TorchFunctionMode):
         if prefix.visible is not None:
             self.prefixed = self.prefixed.masked_fill(~prefix.visible[:, None, None], float("-inf"))
 
-    def _follow(
-        self, func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any], result: torch.Tensor
-    ) -> torch.Tensor:
+    def _follow(self, func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
         assert self.prefixed is not None and self.values is not None
+        if name == "softmax":
+            count = self.prefixed.shape[-1]
+            both = torch.cat([self.prefixed, args[0].view(*self.prefixed.shape[:-1], -1)], -1)
+            self.prefixed, self.own = func(both, *args[1:], **kwargs).tensor_split([count], -1)
+            return self.own
+        result = func(*args, **kwargs)
         if name in SCALING and args[0] is self.own and _is_one_per_row(args[1]):
             self.prefixed = func(self.prefixed, args[1])
-        elif name == "softmax":
-            count = self.prefixed.shape[-1]
-            own = args[0].view(*self.prefixed.shape[:-1], -1)
-            self.prefixed, result = func(torch.cat([self.prefixed, own], -1), *args[1:], **kwargs).tensor_split(
-                [count], -1
-            )
         elif name == "dropout":
             self.prefixed = func(self.prefixed, *args[1:], **kwargs)
         elif name == "matmul" and args[0] is self.own:

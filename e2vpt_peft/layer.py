@@ -80,6 +80,12 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
     def site(self) -> AttentionSite:
         return self._site[0]
 
+    @property
+    def attention_norm(self) -> Any:
+        """The norm in front of the attention, as it is now; one that does nothing if there is none."""
+        site = self.site
+        return getattr(site.norm_owner, site.norm_name) if site.norm_owner is not None else nn.Identity()
+
     def update_layer(self, adapter_name: str, config: E2VPTConfig, has_visual_prompts: bool) -> None:
         """Add the prompts of an adapter, initialised as in the paper.
 
@@ -294,8 +300,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         """Keys and values of each adapter's visual prompts, each (samples, number of prompts, heads, head size)"""
         if not prompts:
             return {}
-        site = self.site
-        norm = getattr(site.norm_owner, site.norm_name) if site.norm_owner is not None else nn.Identity()
+        norm = self.attention_norm
         if current_route() is None or not isinstance(norm, RoutedModulesToSave):
             return self._project_together(prompts, norm, dtype)
         projected = {}

@@ -14,6 +14,7 @@ from torch import nn
 from .attention import Prefix
 from .importance import prompted_layers
 from .layer import E2VPTLayer
+from .modes import evaluating
 
 MASKS = ("attention_mask", "attn_mask")
 ROTATIONS = ("position_embeddings",)
@@ -51,20 +52,16 @@ def check_prefix(model: nn.Module, inputs: Mapping[str, Any], *, tolerance: floa
     adapter_name, layers = prompted_layers(model)
     if layers[0].adapter_configs[adapter_name].visual_prompt_depth == "shallow":
         raise ValueError(f"Adapter '{adapter_name}' has shallow visual prompts, which are inserted tokens anyway.")
-    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        with _all(_norm_checked(model, name) for name, module in model.named_modules() if module in layers):
-            outputs = _outputs(model, inputs)
-        with _all(_tokens_inserted(layer, adapter_name) for layer in layers):
-            expected = _outputs(model, inputs)
+        with evaluating(model):
+            with _all(_norm_checked(model, name) for name, module in model.named_modules() if module in layers):
+                outputs = _outputs(model, inputs)
+            with _all(_tokens_inserted(layer, adapter_name) for layer in layers):
+                expected = _outputs(model, inputs)
     except RuntimeError as error:
         raise ValueError(
             f"No tokens can be inserted into the attentions of this model to compare with: {error}"
         ) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
     difference = max(
         float((actual - wanted).abs().max() / wanted.abs().max().clamp(min=1))
         for actual, wanted in zip(outputs, expected)
@@ -106,7 +103,7 @@ def _norm_checked(model: nn.Module, name: str) -> Iterator[None]:
     if site.norm_owner is not None:
         what = f"what its norm '{site.norm_name}' gives"
         # Called by the model first, and then by the layer, for the prompts.
-        handle = getattr(site.norm_owner, site.norm_name).register_forward_hook(see)
+        handle = layer.attention_norm.register_forward_hook(see)
     else:
         what = "what enters its layer, though attention_norm='none'"
         handle = _layer_around(model, name).register_forward_pre_hook(see)
@@ -146,8 +143,7 @@ def _same_rows(states: torch.Tensor, others: torch.Tensor) -> bool:
 def _tokens_inserted(layer: E2VPTLayer, adapter_name: str) -> Iterator[None]:
     """For a forward pass in which an attention is given visual prompts as tokens, and their prefix is left out."""
     prompts = layer.dense_visual_prompts(adapter_name)
-    norm = getattr(layer.site.norm_owner, layer.site.norm_name) if layer.site.norm_owner is not None else nn.Identity()
-    count = len(prompts)
+    norm, count = layer.attention_norm, len(prompts)
 
     def enter(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound, states_name = _bind(attention, args, kwargs)

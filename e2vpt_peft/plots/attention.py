@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..layer import E2VPTLayer
+from ..modes import evaluating
 from .figure import new_figure, number_axis
 
 if TYPE_CHECKING:
@@ -145,14 +146,12 @@ def _attention_maps(model: nn.Module, inputs: Mapping[str, Any]) -> list[_Maps]:
     config = layers[0].adapter_configs[active[0]]
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     implementation = base.config._attn_implementation
-    modes = {module: module.training for module in model.modules()}
     try:
         base.set_attn_implementation("eager")  # the only one that returns its weights
-        weights = model.eval()(**inputs, output_attentions=True).attentions
+        with evaluating(model):
+            weights = model(**inputs, output_attentions=True).attentions
     finally:
         base.set_attn_implementation(implementation)
-        for module, training in modes.items():
-            module.training = training
     if not weights:
         raise ValueError(f"{type(base).__name__} returns no attention weights: there is nothing to plot.")
     kept = config.num_visual_prompts if config.token_mask is None else sum(config.token_mask)
