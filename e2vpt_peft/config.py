@@ -37,6 +37,12 @@ class E2VPTConfig(PeftConfig):
             the paper). `0` for visual prompts alone, which makes the method VPT.
         share_kv_prompts (`bool`, defaults to `True`):
             Use one tensor as key and as value prompts, as the paper does. `False` learns two.
+        init_weights (`"kaiming_uniform"` or `"trunc_normal"`, defaults to `"kaiming_uniform"`):
+            How prompts are initialised, in one of the two ways that the paper compares. `"kaiming_uniform"`, its
+            choice: visual prompts uniform in ±sqrt(6 / (3 p² + D)), with p the patch size and D the hidden size (as in
+            VPT), key-value prompts uniform in ±sqrt(6 / (n d)), with n their number and d the head size.
+            `"trunc_normal"`: all of them normal with standard deviation 0.02, cut off at two deviations, as the tokens
+            of a ViT.
         prompt_dropout (`float`, defaults to `0.1`):
             Dropout probability on visual prompts, drawn per sample, in training only.
         kv_prompt_dropout (`float`, defaults to `0.0`):
@@ -100,6 +106,10 @@ class E2VPTConfig(PeftConfig):
     )
     share_kv_prompts: bool = field(
         default=True, metadata={"help": "Whether one tensor serves as key and as value prompts."}
+    )
+    init_weights: Literal["kaiming_uniform", "trunc_normal"] = field(
+        default="kaiming_uniform",
+        metadata={"help": "How prompts are initialised: 'kaiming_uniform', as in the paper, or 'trunc_normal'."},
     )
     prompt_dropout: float = field(
         default=0.1, metadata={"help": "Dropout probability on visual prompts, drawn per sample, in training only."}
@@ -198,6 +208,8 @@ class E2VPTConfig(PeftConfig):
         if self.visual_prompt_depth not in ("deep", "shallow"):
             raise ValueError(f"visual_prompt_depth={self.visual_prompt_depth!r} must be 'deep' or 'shallow'.")
         _check_type("share_kv_prompts", self.share_kv_prompts, bool, "True or False")
+        if self.init_weights not in ("kaiming_uniform", "trunc_normal"):
+            raise ValueError(f"init_weights={self.init_weights!r} must be 'kaiming_uniform' or 'trunc_normal'.")
         for name in ("prompt_dropout", "kv_prompt_dropout"):
             _check_probability(name, getattr(self, name))
         check_integer("num_segments", self.num_segments, at_least=1)

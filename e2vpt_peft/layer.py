@@ -27,6 +27,9 @@ CANNOT_MERGE = (
     "backbone's weights is equivalent. Keep the adapter, which costs little, or take it off with `unload()`."
 )
 
+TRUNC_NORMAL_STD = 0.02
+"""Of `init_weights="trunc_normal"`: what transformers and timm initialise the tokens of a ViT with."""
+
 
 class E2VPTLayer(nn.Module, BaseTunerLayer):
     """A self-attention module with the prompts of every adapter.
@@ -87,7 +90,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         return getattr(site.norm_owner, site.norm_name) if site.norm_owner is not None else nn.Identity()
 
     def update_layer(self, adapter_name: str, config: E2VPTConfig, has_visual_prompts: bool) -> None:
-        """Add the prompts of an adapter, initialised as in the paper.
+        """Add the prompts of an adapter, with initial values.
 
         Args:
             adapter_name (`str`): The name of the adapter.
@@ -102,20 +105,16 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def draw_initial_prompts(self, adapter_name: str) -> None:
-        """Draw new initial values for the prompts of an adapter, pruned ones included.
-
-        Visual prompts are uniform in ±sqrt(6 / (3 p² + D)), with p the patch size and D the hidden size (as VPT);
-        key-value prompts are Kaiming-uniform, in ±sqrt(6 / (n d)), with n their number and d the head size.
-        """
+        """Draw new initial values for the prompts of an adapter, pruned ones included; see `init_weights`."""
         site, config = self.site, self.adapter_configs[adapter_name]
         initial = self.initial_prompts[adapter_name] = {}
         if self.has_visual_prompts[adapter_name]:
-            bound = math.sqrt(6 / (site.patch_fan_in + site.hidden_size))
-            initial["visual"] = torch.empty(config.num_visual_prompts, site.hidden_size).uniform_(-bound, bound)
+            visual = torch.empty(config.num_visual_prompts, site.hidden_size)
+            initial["visual"] = _draw(visual, site.patch_fan_in + site.hidden_size, config)
         if config.num_kv_prompts:
-            bound = math.sqrt(6 / (config.num_kv_prompts * site.head_size))
             shape = (site.num_heads, config.num_kv_prompts, site.head_size)
-            initial["kv"] = torch.empty(shape if config.share_kv_prompts else (2, *shape)).uniform_(-bound, bound)
+            kv = torch.empty(shape if config.share_kv_prompts else (2, *shape))
+            initial["kv"] = _draw(kv, config.num_kv_prompts * site.head_size, config)
 
     def rewind(self, adapter_name: str) -> None:
         """Put the prompts of an adapter, as far as they are not pruned, to their initial values."""
@@ -384,6 +383,14 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             "E2VPT does not support nn.DataParallel, which Trainer uses when one process sees several GPUs. Start the "
             "script with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU."
         )
+
+
+def _draw(prompts: torch.Tensor, fan: int, config: E2VPTConfig) -> torch.Tensor:
+    """Fill prompts with initial values."""
+    if config.init_weights == "trunc_normal":
+        return nn.init.trunc_normal_(prompts, std=TRUNC_NORMAL_STD, a=-2 * TRUNC_NORMAL_STD, b=2 * TRUNC_NORMAL_STD)
+    bound = math.sqrt(6 / fan)
+    return prompts.uniform_(-bound, bound)
 
 
 @torch.no_grad()

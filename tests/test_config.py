@@ -13,6 +13,7 @@ def test_defaults_are_the_papers_most_used_setting():
     config = E2VPTConfig()
     assert (config.num_visual_prompts, config.visual_prompt_depth, config.num_kv_prompts) == (10, "deep", 5)
     assert config.share_kv_prompts is True
+    assert config.init_weights == "kaiming_uniform"
     assert (config.prompt_dropout, config.kv_prompt_dropout, config.num_segments) == (0.1, 0.0, 16)
     assert config.task_type is None
 
@@ -34,6 +35,7 @@ def test_every_field_of_its_own_has_help():
         ({"num_visual_prompts": 0, "num_kv_prompts": 0}, ValueError, ["num_visual_prompts=0", "num_kv_prompts=0"]),
         ({"visual_prompt_depth": "deeper"}, ValueError, ["visual_prompt_depth='deeper'", "'deep'", "'shallow'"]),
         ({"share_kv_prompts": "yes"}, TypeError, ["share_kv_prompts='yes'", "True or False"]),
+        ({"init_weights": "zeros"}, ValueError, ["init_weights='zeros'", "'kaiming_uniform'", "'trunc_normal'"]),
         ({"prompt_dropout": 1.0}, ValueError, ["prompt_dropout=1.0", "[0, 1)"]),
         ({"prompt_dropout": -0.1}, ValueError, ["prompt_dropout=-0.1", "[0, 1)"]),
         ({"prompt_dropout": float("nan")}, ValueError, ["prompt_dropout=nan", "[0, 1)"]),
@@ -58,6 +60,7 @@ def test_round_trip_through_a_file(tmp_path):
         visual_prompt_depth="shallow",
         num_kv_prompts=2,
         share_kv_prompts=False,
+        init_weights="trunc_normal",
         prompt_dropout=0.2,
         kv_prompt_dropout=0.3,
         num_segments=8,

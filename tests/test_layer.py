@@ -42,6 +42,18 @@ def test_initialisation_is_uniform_within_the_papers_bounds(share, depth):
         assert prompts.std() == pytest.approx(bound / math.sqrt(3), rel=0.02)
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_truncated_normal_initialisation(share):
+    config = E2VPTConfig(
+        num_visual_prompts=500, num_kv_prompts=500, share_kv_prompts=share, init_weights="trunc_normal"
+    )
+    layer = first_layer(get_peft_model(tiny_vit(), config))
+    for prompts in (layer.e2vpt_visual_prompts["default"].detach(), layer.e2vpt_kv_prompts["default"].detach()):
+        assert 0.039 < prompts.abs().max() <= 0.04
+        assert abs(prompts.mean()) < 5e-4
+        assert prompts.std() == pytest.approx(0.88 * 0.02, rel=0.02)  # 0.88: what cutting off at two deviations leaves
+
+
 def test_the_same_seed_gives_the_same_prompts_and_another_seed_others():
     def prompts(seed):
         torch.manual_seed(seed)

@@ -48,7 +48,14 @@ ARGUMENTS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
 )
-ADAPTER_SETTINGS = ("num_visual_prompts", "visual_prompt_depth", "num_kv_prompts", "share_kv_prompts", "num_segments")
+ADAPTER_SETTINGS = (
+    "num_visual_prompts",
+    "visual_prompt_depth",
+    "num_kv_prompts",
+    "share_kv_prompts",
+    "init_weights",
+    "num_segments",
+)
 
 
 class _Table(list):

@@ -170,6 +170,7 @@ fields: dict[str, Any] = {
     "visual_prompt_depth": st.one_of(values, st.sampled_from(["deep", "shallow"])),
     "num_kv_prompts": st.one_of(values, st.integers(0, 4)),
     "share_kv_prompts": st.one_of(values, st.booleans()),
+    "init_weights": st.one_of(values, st.sampled_from(["kaiming_uniform", "trunc_normal"])),
     "prompt_dropout": st.one_of(values, st.floats(0, 1)),
     "num_segments": st.one_of(values, st.sampled_from([1, 2, 16, 32])),
     "target_modules": st.one_of(values, st.sampled_from([["attention"], ".*attention", ["q_proj"], ["vit"]])),

@@ -22,9 +22,10 @@ ABLATIONS: dict[str, tuple[Method, ...]] = {
     "visual_prompts": tuple(e2vpt(f"{n} visual prompts", num_visual_prompts=n) for n in (1, 5, 10, 20, 50)),
     "kv_prompts": tuple(e2vpt(f"{n} key-value prompts", num_kv_prompts=n) for n in (0, 1, 5, 10, 20)),
     "sharing": (e2vpt("shared K and V"), e2vpt("separate K and V", share_kv_prompts=False)),
+    "initialisation": (e2vpt("Kaiming"), e2vpt("truncated normal", init_weights="trunc_normal")),
     "importance": (
         e2vpt(TUNED),
         *(e2vpt(f"importance: {name}", Pruning(importance=name), TUNED) for name in SCORING_METHODS),
     ),
 }
-"""By the name for `--compare`. Left out is the paper's ablation of the initialisation: the package has one only."""
+"""By the name for `--compare`."""

@@ -107,6 +107,7 @@ class Bench:
         self.task, self.plan, self.store = task, plan, store
         self.recipe = RECIPES[plan.recipe]
         self.device = torch.device(plan.device)
+        self.tuned: dict[tuple[str, str, Optimisation], dict[str, torch.Tensor]] = {}
 
     @cached_property
     def preprocessing(self) -> Preprocessing:
@@ -197,7 +198,10 @@ class Bench:
         total = sum(p.numel() for p in model.parameters())
         if method.cached:
             model = Probe(model.get_submodule(HEAD))
-        train(model, trained_on, preprocessing, how)
+        if method.pruning is None:
+            train(model, trained_on, preprocessing, how)
+        else:
+            self.tune(model, (method.searched_as, part, how), trained_on)
         if rates is not None and rates != (0.0, 0.0):
             assert method.pruning is not None
             self.prune(model, method.pruning, rates, trained_on)
@@ -211,6 +215,16 @@ class Bench:
             "hardware": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU",
             "torch": torch.__version__,
         }
+
+    def tune(self, model: nn.Module, training: tuple[str, str, Optimisation], images: Images) -> None:
+        """The training before pruning, once for all the candidates and variants that start from it."""
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if training not in self.tuned:
+            train(model, images, self.preprocessing, training[-1])
+            self.tuned[training] = {name: p.detach().clone() for name, p in trainable.items()}
+        with torch.no_grad():
+            for name, value in self.tuned[training].items():
+                trainable[name].copy_(value)
 
     def prune(self, model: nn.Module, pruning: Pruning, rates: Rates, images: Images) -> None:
         """Score on the images that the prompts were trained on, prune, and rewind."""
