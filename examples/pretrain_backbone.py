@@ -59,6 +59,7 @@ class PretrainingArguments:
     num_layers: int = field(default=6, metadata={"help": "Depth of the backbone."})
     num_heads: int = field(default=4, metadata={"help": "Attention heads of a layer."})
     num_eval_images: int = field(default=4096, metadata={"help": "Images for the final accuracy."})
+    device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: cuda if there is one."})
     num_threads: int = field(default=1, metadata={"help": "CPU threads; the result depends on them in the last bits."})
     seed: int = field(default=0, metadata={"help": "Seed of the images and of the initial weights."})
 
@@ -313,12 +314,14 @@ def normalise(images: Tensor) -> Tensor:
     return (images - 0.5) / 0.5
 
 
-def batches(sample: Sampler, number: int, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """`number` batches of normalised images and labels."""
+def batches(
+    sample: Sampler, number: int, batch_size: int, seed: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`number` batches of normalised images and labels, made on the CPU, so that every device gets the same ones."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(number):
         images, labels = sample(batch_size, generator)
-        yield normalise(images), labels
+        yield normalise(images).to(device), labels.to(device)
 
 
 class PretrainingModel(nn.Module):
@@ -350,9 +353,8 @@ def accuracy(model: PretrainingModel, kinds: Tensor, sample: Sampler, number: in
     """Share of new images whose class, and whose kind, the model gets right."""
     model.eval()
     size = min(number, 256)
-    shares = [
-        right(model(images), labels, kinds) for images, labels in batches(sample, math.ceil(number / size), size, seed)
-    ]
+    stream = batches(sample, math.ceil(number / size), size, seed, kinds.device)
+    shares = [right(model(images), labels, kinds) for images, labels in stream]
     of_classes, of_kinds = torch.stack(shares).mean(0).tolist()
     return of_classes, of_kinds
 
@@ -360,6 +362,7 @@ def accuracy(model: PretrainingModel, kinds: Tensor, sample: Sampler, number: in
 def pretrain(args: PretrainingArguments) -> tuple[PretrainingModel, tuple[float, float]]:
     """Train a vision transformer from scratch. Returns it and its accuracy on images it has not seen."""
     set_seed(args.seed)
+    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     task: DrawnImages | RealImages
     test: Sampler
     if args.data_dir is None:
@@ -376,7 +379,8 @@ def pretrain(args: PretrainingArguments) -> tuple[PretrainingModel, tuple[float,
         num_attention_heads=args.num_heads,
         intermediate_size=4 * args.hidden_size,
     )
-    model = PretrainingModel(config, task.num_classes, int(task.kinds.max()) + 1)
+    kinds = task.kinds.to(device)
+    model = PretrainingModel(config, task.num_classes, int(kinds.max()) + 1).to(device)
     model.train()
     decayed = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
@@ -385,29 +389,29 @@ def pretrain(args: PretrainingArguments) -> tuple[PretrainingModel, tuple[float,
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.learning_rate, total_steps=args.steps, pct_start=0.1, cycle_momentum=False
     )
-    stream = batches(task.sample, args.steps, args.batch_size, args.seed + 1)
+    stream = batches(task.sample, args.steps, args.batch_size, args.seed + 1, device)
     progress = trange(args.steps, desc=f"{task.num_classes} classes", mininterval=1)
     for step, (images, labels) in zip(progress, stream, strict=True):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             of_classes, of_kinds = model(images)
         every_patch = labels[:, None].expand(of_classes.shape[:2])
         loss = F.cross_entropy(of_classes.flatten(0, 1), every_patch.flatten(), label_smoothing=0.1)
-        loss = loss + F.cross_entropy(of_kinds, task.kinds[labels], label_smoothing=0.1)
+        loss = loss + F.cross_entropy(of_kinds, kinds[labels], label_smoothing=0.1)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 50 == 0:
-            hits = right((of_classes, of_kinds), labels, task.kinds)
+            hits = right((of_classes, of_kinds), labels, kinds)
             progress.set_postfix(loss=f"{loss.item():.3f}", classes=f"{hits[0]:.3f}", kinds=f"{hits[1]:.3f}")
-    return model, accuracy(model, task.kinds, test, args.num_eval_images, args.seed + 2)
+    return model, accuracy(model, kinds, test, args.num_eval_images, args.seed + 2)
 
 
 def save(backbone: ViTModel, output_dir: str) -> None:
     """Save the backbone, weights stored in float16 and loaded as float32, and its image processor."""
     backbone.set_attn_implementation("sdpa")
-    weights = {name: tensor.half() for name, tensor in backbone.state_dict().items()}
+    weights = {name: tensor.half().cpu() for name, tensor in backbone.state_dict().items()}
     backbone.save_pretrained(output_dir, state_dict=weights)
     preprocessing = {
         "image_processor_type": "ViTImageProcessor",
