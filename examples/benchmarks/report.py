@@ -11,16 +11,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from accuracy.ablations import ABLATIONS
+from accuracy.ablations import ABLATIONS, TUNED
 from accuracy.plots import plot_parameters
 from accuracy.records import read_all
-from accuracy.tables import MEANS, at_the_edge, final, markdown, summarise, task_groups
+from accuracy.tables import MEANS, at_the_edge, differences, final, markdown, summarise, task_groups
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", help="JSON lines, of one or of several machines")
     parser.add_argument("--compare", choices=ABLATIONS, default="methods", help="what to show (default: methods)")
+    parser.add_argument("--against", help="what the others are compared with (default: E²VPT, if it is there)")
     parser.add_argument("--mean", choices=MEANS, default=MEANS[0], help=f"of the plot (default: {MEANS[0]})")
     parser.add_argument("--plot", type=Path, help="save accuracy against trainable parameters there")
     return parser.parse_args(argv)
@@ -32,8 +33,12 @@ def main(argv: Sequence[str] | None = None) -> str:
     records = read_all(options.files)
     if not final(records):
         raise ValueError(f"There is no finished training in {', '.join(map(str, options.files))}.")
-    names = [method.name for method in ABLATIONS[options.compare]]
-    summaries = summarise(records, names)
+    known = [method.name for method in ABLATIONS[options.compare]]
+    summaries = summarise(records, known)
+    names = [summary.method for summary in summaries]
+    reference = options.against or (TUNED if TUNED in names else names[0])
+    if reference not in names:
+        raise ValueError(f"against={reference!r} has no results, but must be among {', '.join(map(repr, names))}.")
     groups = task_groups(final(records))
     settings = final(records)[0]["settings"]
     machines = sorted({f"{record['hardware']}, torch {record['torch']}" for record in records})
@@ -45,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> str:
         f"{'; '.join(machines)}; {len(records):,} trainings, {hours:.1f} hours of process time.",
         "Groups: " + "; ".join(f"{task} {group}" for task, group in groups.items()) + ".",
         markdown(summaries, list(groups)),
+        differences(records, names, reference),
     ]
     for summary in summaries:
         if summary.incomplete:

@@ -311,6 +311,9 @@ def test_search_uses_validation_alone_and_finishes_what_was_killed(
     assert len(trained) == 2 and len(records.read(out)) == len(lines)
 
     text = report.main([str(out), f"--plot={tmp_path / 'plot.png'}"])
+    assert "points over E²VPT" in text
+    with pytest.raises(ValueError, match="against='LoRA' has no results"):
+        report.main([str(out), "--against", "LoRA"])
     assert "| E²VPT, pruned |" in text and "mean of groups" in text and "Groups: colours natural." in text
     assert (tmp_path / "plot.png").stat().st_size > 0
 
@@ -403,6 +406,20 @@ def test_means_of_groups_and_of_tasks() -> None:
     expected = {"natural": 25, "structured": 65, "mean of groups": 45, "mean of tasks": 100 * (1 / 3 + 0.05)}
     assert means == pytest.approx(expected)
     assert all(value.deviation == pytest.approx(100 * 0.1 / math.sqrt(2)) for value in summary.means.values())
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    values = {"E²VPT": (0.5, 0.6, 0.7), "LoRA": (0.4, 0.65, 0.7), "half": (0.4,)}
+    lines = [
+        line(task, "natural", method, seed, value + 0.1 * seed - 0.02 * seed * (method == "LoRA"))
+        for method, own in values.items()
+        for task, value in zip("abc", own)
+        for seed in (0, 1)
+    ]
+    shown = tables.differences(lines, list(values), "E²VPT")
+    assert "| method | points over E²VPT | tasks won | lost | tied |" in shown
+    assert "| LoRA | -2.7 ± 1.4 | 1 | 2 | 0 |" in shown
+    assert "half" not in shown, "it is not finished"
 
 
 def test_unfinished_methods_have_no_means() -> None:

@@ -104,6 +104,27 @@ def means_of(found: dict[tuple[str, int], float], groups: dict[str, str], seeds:
     return means
 
 
+def differences(records: Sequence[Record], methods: Sequence[str], reference: str) -> str:
+    """A table of what each method has over one of them, seed by seed, and on how many tasks it wins and loses."""
+    found: dict[str, dict[tuple[str, int], float]] = defaultdict(dict)
+    for record in final(records):
+        settings = record["settings"]
+        found[settings["method"]][settings["task"], settings["seed"]] = record["accuracy"]
+    rows = [["method", f"points over {reference}", "tasks won", "lost", "tied"]]
+    for method in methods:
+        own = found[method]
+        if method == reference or not own or own.keys() != found[reference].keys():
+            continue
+        tasks, seeds = (sorted({key[part] for key in own}) for part in (0, 1))  # type: ignore[type-var]
+        gaps = {task: [own[task, seed] - found[reference][task, seed] for seed in seeds] for task in tasks}
+        signs = [round(fmean(values), 9) for values in gaps.values()]
+        wins, losses = sum(sign > 0 for sign in signs), sum(sign < 0 for sign in signs)
+        mean = score([fmean(values) for values in zip(*gaps.values())])
+        counts = [str(number) for number in (wins, losses, len(tasks) - wins - losses)]
+        rows.append([method, f"{'+' * (mean.mean > 0)}{mean}", *counts])
+    return as_table(rows)
+
+
 def markdown(summaries: Sequence[Summary], tasks: Sequence[str]) -> str:
     """Two tables, a row for each method: means and parameters, then every task."""
     names = list(dict.fromkeys(name for summary in summaries for name in summary.means))
