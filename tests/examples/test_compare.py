@@ -321,7 +321,7 @@ def test_search_uses_validation_alone_and_finishes_what_was_killed(
 def test_best_learning_rate_and_rates_are_chosen_by_validation(plan: Any, colours: Any, tmp_path: Path) -> None:
     bench = protocol.Bench(colours, plan, records.Store(tmp_path / "out.jsonl"))
     method = methods.e2vpt("pruned", methods.Pruning(), "E²VPT")
-    right = {0.001: 0.1, 0.003: 0.5, 0.01: 0.5, 0.03: 0.4, 0.1: 0.2}
+    right = {0.003: 0.1, 0.009: 0.5, 0.03: 0.5, 0.09: 0.4, 0.3: 0.2}
     pruned = {(0.3, 0.0): (0.5, 70), (0.3, 0.5): (0.6, 40), (0.6, 0.0): (0.6, 50), (0.6, 0.5): (0.4, 20)}
 
     def measure(method: Any, part: str, how: Any, rates: Any) -> dict[str, Any]:
@@ -330,14 +330,14 @@ def test_best_learning_rate_and_rates_are_chosen_by_validation(plan: Any, colour
         return {"accuracy": value, "trainable": size}
 
     bench.measure = measure
-    assert bench.search(method) == (0.003, 1e-4)
-    assert bench.search_rates(method, 0.003, 1e-4) == (0.3, 0.5), "of two that are as good, the smaller"
+    assert bench.search(method) == (0.009, 1e-4)
+    assert bench.search_rates(method, 0.009, 1e-4) == (0.3, 0.5), "of two that are as good, the smaller"
     tokens_alone = methods.e2vpt("tokens", methods.Pruning(segments=False), "E²VPT")
-    assert bench.search_rates(tokens_alone, 0.003, 1e-4) == (0.6, 0.0)
-    right[0.003] = 0.7
+    assert bench.search_rates(tokens_alone, 0.009, 1e-4) == (0.6, 0.0)
+    right[0.009] = 0.7
     fresh = protocol.Bench(colours, plan, records.Store(tmp_path / "fresh.jsonl"))
     fresh.measure = measure
-    assert fresh.search_rates(method, 0.003, 1e-4) == (0.0, 0.0), "no candidate is as good as unpruned"
+    assert fresh.search_rates(method, 0.009, 1e-4) == (0.0, 0.0), "no candidate is as good as unpruned"
 
 
 def test_candidates_for_pruning_start_from_one_training(

@@ -85,17 +85,17 @@ def e2vpt(
     name: str = "E²VPT", pruning: Pruning | None = None, same_search: str | None = None, **options: Any
 ) -> Method:
     """A variant of E²VPT."""
-    return Method(name, 1e-2, partial(add_prompts, **options), pruning, same_search)
+    return Method(name, 3e-2, partial(add_prompts, **options), pruning, same_search)
 
 
 METHODS = (
-    Method("linear probe", 1e-2, partial(train_parameters, endings=()), cached=True),
-    Method("full fine-tuning", 1e-4, partial(train_parameters, endings=("",))),
-    Method("BitFit", 3e-3, partial(train_parameters, endings=(".bias",))),
-    Method("LayerNorm tuning", 3e-3, tune_norms),
+    Method("linear probe", 3e-2, partial(train_parameters, endings=()), cached=True),
+    Method("full fine-tuning", 3e-4, partial(train_parameters, endings=("",))),
+    Method("BitFit", 1e-2, partial(train_parameters, endings=(".bias",))),
+    Method("LayerNorm tuning", 1e-2, tune_norms),
     Method(
         "(IA)³",
-        1e-2,
+        3e-2,
         partial(
             add_adapter, config=IA3Config, target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"]
         ),
