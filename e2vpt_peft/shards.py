@@ -32,9 +32,9 @@ def gathered(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Sharded tensors in full, on every process; all of them have to come here. Tensors that are whole stay as they are."""
     tensors = list(tensors)
     if any(map(_is_zero3, tensors)):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters(tensors):
+        with deepspeed.zero.GatheredParameters(tensors):
             yield tensors
     else:
         yield [tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in tensors]

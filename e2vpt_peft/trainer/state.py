@@ -149,7 +149,7 @@ def _is_whole(checkpoint: Path) -> bool:
     processes = PartialState().num_processes
     random_states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
     needed = ["scheduler.pt", *random_states]
-    if not (checkpoint / "latest").exists():  # which DeepSpeed writes when all processes have written
+    if not (checkpoint / "latest").exists():  # DeepSpeed's, where the main process waits for the others
         needed += ["optimizer.bin" if (checkpoint / "optimizer.bin").exists() else "optimizer.pt"]  # FSDP's, or not
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())
