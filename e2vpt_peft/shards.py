@@ -10,11 +10,6 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-IN_SHARDS = (
-    "The model is in shards (FSDP, or DeepSpeed's ZeRO 3), which would not notice new prompts: keep it whole, train a "
-    "copy.deepcopy of it in shards, and bring the values that were trained back by load_state_dict, as E2VPTTrainer does."
-)
-
 
 def refuse_shards(model: nn.Module) -> None:
     """Engines that hold the parameters put those back that they know: other ones are neither used nor kept.
@@ -24,12 +19,15 @@ def refuse_shards(model: nn.Module) -> None:
     """
     wrapped = any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules())
     if wrapped or any(_is_zero3(parameter) for parameter in model.parameters()):
-        raise ValueError(IN_SHARDS)
+        raise ValueError(
+            "The model is in shards (FSDP, or DeepSpeed's ZeRO 3), which would not notice other prompts: shard a "
+            "copy.deepcopy of it, and bring the values that were trained back into the whole one (load_state_dict)."
+        )
 
 
 @contextmanager
 def gathered(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Sharded tensors in full, on every process; all of them have to come here. Tensors that are whole stay as they are."""
+    """Tensors in full, on every process, whether they are sharded or not. All processes have to come here."""
     tensors = list(tensors)
     if any(map(_is_zero3, tensors)):
         import deepspeed

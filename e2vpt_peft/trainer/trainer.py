@@ -244,12 +244,10 @@ class E2VPTTrainer(ModelCardTrainer):
         self.args, self._phase = args, phase
         try:
             self._begin(args.seed, args.full_determinism)
-            with self._shards() as whole:
+            with self._shards():
                 output = super().train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=self._ignore_keys)
-                if whole is not self.model:
-                    copy_trained(self.model, whole, self._adapter_name)
-                self._check_weights(whole)
-                metrics = self.evaluate(ignore_keys=self._ignore_keys)
+            self._check_weights()
+            metrics = self.evaluate(ignore_keys=self._ignore_keys)
         except FloatingPointError as error:
             if not (self.pruning_config.skip_diverged and phase.startswith("candidate")):
                 raise
@@ -287,19 +285,20 @@ class E2VPTTrainer(ModelCardTrainer):
         return loss
 
     @contextmanager
-    def _shards(self) -> Iterator[nn.Module]:
-        """FSDP and DeepSpeed are given a copy of the model, which they take apart. Gives the whole one.
+    def _shards(self) -> Iterator[None]:
+        """FSDP and DeepSpeed are given a copy of the model, which they take apart; what it learns comes back.
 
         Pruning makes parameters of other sizes, and neither engine can change those that it has.
         """
         whole: Any = self.model
         if not any(self._engines.values()):
-            yield whole
+            yield
             return
         self.model = self.model_wrapped = copy.deepcopy(whole.cpu())
         self._use_engines(True)
         try:
-            yield whole
+            yield
+            copy_trained(self.model, whole, self._adapter_name)
         finally:
             self._use_engines(False)
             self.accelerator.free_memory()  # DeepSpeed's engine, too
@@ -312,18 +311,19 @@ class E2VPTTrainer(ModelCardTrainer):
             setattr(self, name, used and is_there)
 
     def _place_whole_model(self) -> None:
-        """Trainer does not put a model on the device that is to be sharded."""
+        """Trainer does not put a model on the device if there is an engine to do so."""
         model: Any = self.model
         if any(self._engines.values()) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             model.to(self.args.device)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As [`~transformers.Trainer.evaluation_loop`]; before and after [`train`], of the whole model."""
+        """As [`~transformers.Trainer.evaluation_loop`]; between phases, of the whole model."""
         self._place_whole_model()
         return super().evaluation_loop(*args, **kwargs)
 
-    def _check_weights(self, model: nn.Module) -> None:
+    def _check_weights(self) -> None:
         """The last update of a phase may be the one that overflows, and a metric need not show it."""
+        model: Any = self.model
         spoilt = [name for name, parameter in model.named_parameters() if not is_finite(parameter)]
         if spoilt:
             raise FloatingPointError(
@@ -519,13 +519,17 @@ class E2VPTTrainer(ModelCardTrainer):
         state = self.accelerator.state
         if self._engines["is_fsdp_enabled"]:
             plugin = state.fsdp_plugin
-            if plugin.fsdp_version != 2 or "FULL" not in str(plugin.state_dict_type) or plugin.cpu_ram_efficient_loading:
+            if (
+                plugin.fsdp_version != 2
+                or "FULL" not in str(plugin.state_dict_type)
+                or plugin.cpu_ram_efficient_loading
+            ):
                 raise ValueError(
                     "E2VPTTrainer needs FSDP with fsdp_version: 2, fsdp_state_dict_type: FULL_STATE_DICT and "
                     "fsdp_cpu_ram_efficient_loading: false, as in examples/accelerate/fsdp2.yaml."
                 )
         if self._engines["is_deepspeed_enabled"] and "scheduler" in state.deepspeed_plugin.deepspeed_config:
             raise ValueError(
-                "E2VPTTrainer has trainings of different lengths, for which DeepSpeed's scheduler cannot be set anew: "
-                "take 'scheduler' out of the DeepSpeed config, and choose it by TrainingArguments(lr_scheduler_type=...)."
+                "E2VPTTrainer has trainings of different lengths, for which DeepSpeed's scheduler is not made anew: take "
+                "'scheduler' out of the DeepSpeed config, and choose it by TrainingArguments(lr_scheduler_type=...)."
             )

@@ -3,8 +3,8 @@
 accelerate has both on accelerators only. Processes that talk by gloo are of type MULTI_CPU for it, for which it knows
 nothing but DDP, whatever its config file says. Patched here is what it, or transformers, asks before:
 
-- the type of processes, which is said to be that of GPUs. Their device is that of ACCELERATE_TORCH_DEVICE, accelerate's
-  own variable;
+- the type of processes, which is said to be that of GPUs (their device is what ACCELERATE_TORCH_DEVICE says, which is
+  accelerate's own variable);
 - whether the GPUs know bfloat16;
 - for DeepSpeed, an extension for shared memory, which it would compile now: gloo does without.
 
