@@ -530,6 +530,6 @@ class E2VPTTrainer(ModelCardTrainer):
                 )
         if self._engines["is_deepspeed_enabled"] and "scheduler" in state.deepspeed_plugin.deepspeed_config:
             raise ValueError(
-                "E2VPTTrainer has trainings of different lengths, for which DeepSpeed's scheduler is not made anew: take "
-                "'scheduler' out of the DeepSpeed config, and choose it by TrainingArguments(lr_scheduler_type=...)."
+                "E2VPTTrainer has trainings of different lengths, for which DeepSpeed's scheduler is not made anew: "
+                "take 'scheduler' out of the DeepSpeed config, and use TrainingArguments(lr_scheduler_type=...)."
             )

@@ -122,14 +122,11 @@ def test_shards_on_two_processes_do_what_one_process_does(engine, one_process, t
     best = next(row for row in results["candidates"] if row["name"] == results["best"])
     assert float((pruned / "loss").read_text()) == pytest.approx(best["metric"], abs=1e-5)
 
-
-@pytest.mark.slow
-def test_one_process_resumes_the_shards_of_two(one_process, tmp_path):
-    launch_training(tmp_path / "two", "fsdp2")
-    shutil.move(tmp_path / "two" / "checkpoint-3", tmp_path / "one" / "checkpoint-3")
-    launch_training(tmp_path / "one", "fsdp2", processes=1, resume=True)
-    torch.testing.assert_close(losses(tmp_path / "one"), losses(one_process / "whole"), rtol=0, atol=1e-5)
-    assert_same_adapter(tmp_path / "one", one_process / "whole")
+    if engine == "fsdp2":  # DeepSpeed resumes with the same number of processes only
+        shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "alone" / "checkpoint-3")
+        launch_training(tmp_path / "alone", engine, processes=1, resume=True)
+        assert (tmp_path / "alone" / "engine").read_text() == engine
+        torch.testing.assert_close(losses(tmp_path / "alone"), losses(one_process / "whole"), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
