@@ -42,4 +42,5 @@ $(VENV)/.examples: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP_INSTALL) --editable '.[dev]'
 	$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/timm timm # aside: without torchvision it breaks what finds it
+	$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/deepspeed deepspeed einops hjson msgpack py-cpuinfo # aside: slow to import
 	touch $@

@@ -24,6 +24,7 @@ from .layer import E2VPTLayer
 from .masks import segment_mask, token_mask
 from .modes import evaluating
 from .non_finite import explain_non_finite
+from .shards import refuse_shards
 
 Batch = Mapping[str, Any]
 Scores = tuple[torch.Tensor, torch.Tensor]
@@ -197,8 +198,9 @@ def prompted_layers(model: nn.Module, adapter_name: Optional[str] = None) -> tup
     """The name of an adapter with visual prompts, by default the active one, and all its layers.
 
     Raises:
-        ValueError: There is no such adapter, it has no visual prompts, or several are active.
+        ValueError: There is no such adapter, it has no visual prompts, several are active, or the model is in shards.
     """
+    refuse_shards(model)
     layers = [module for module in model.modules() if isinstance(module, E2VPTLayer)]
     known = sorted({name for layer in layers for name in layer.adapter_configs})
     if adapter_name is None:

@@ -11,6 +11,7 @@ from torch import nn
 from ..importance import prompted_layers
 from ..masks import segment_mask, token_mask
 from ..pruning import set_masks
+from ..shards import gathered
 
 Snapshot = dict[str, torch.Tensor]
 TOKENS, SEGMENTS = "token_mask", "segment_mask"
@@ -37,6 +38,15 @@ def restore_snapshot(model: nn.Module, adapter_name: str, snapshot: Snapshot) ->
     set_masks(model, snapshot[TOKENS], snapshot[SEGMENTS], adapter_name)
     for name, tensor in _trained(model, adapter_name):
         tensor.copy_(snapshot[name])
+
+
+@torch.no_grad()
+def copy_trained(source: nn.Module, target: nn.Module, adapter_name: str) -> None:
+    """Give a model the values of all that is trained in a copy of it, which may be in shards."""
+    copied = [tensor for _, tensor in _trained(source, adapter_name)]
+    with gathered(copied) as values:
+        for (_, tensor), value in zip(_trained(target, adapter_name), values, strict=True):
+            tensor.copy_(value)
 
 
 def take_initial_values(model: nn.Module, adapter_name: str) -> Snapshot:

@@ -148,7 +148,9 @@ def _is_whole(checkpoint: Path) -> bool:
     """Whether Trainer can resume from a checkpoint exactly. It writes `trainer_state.json` last."""
     processes = PartialState().num_processes
     random_states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
-    needed = ["optimizer.pt", "scheduler.pt", *random_states]
+    needed = ["scheduler.pt", *random_states]
+    if not (checkpoint / "latest").exists():  # DeepSpeed's, where the main process waits for the others
+        needed += ["optimizer.bin" if (checkpoint / "optimizer.bin").exists() else "optimizer.pt"]  # FSDP's, or not
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):

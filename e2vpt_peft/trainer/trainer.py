@@ -9,7 +9,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
@@ -20,18 +21,19 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import enable_full_determinism, set_seed
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..config import E2VPTConfig
 from ..importance import PromptScores, prompted_layers, score_prompts
 from ..model_card.write import README
 from ..non_finite import explain_non_finite, is_finite
 from ..pruning import rewind_prompts, set_masks
+from ..shards import refuse_shards
 from .config import PruningArguments, PruningConfig
 from .files import whole_files, write_atomically
 from .model_card import ModelCardTrainer, results_in
 from .search import Candidate, choose, list_candidates, plan_rounds, search
-from .snapshot import restore_initial_values, restore_snapshot, take_initial_values, take_snapshot
+from .snapshot import copy_trained, restore_initial_values, restore_snapshot, take_initial_values, take_snapshot
 from .state import SearchState, on_main_process
 
 logger = logging.getLogger(__name__)
@@ -118,6 +120,9 @@ class E2VPTTrainer(ModelCardTrainer):
         super().__init__(*args, **kwargs)
         self.pruning_config = PruningConfig(**({} if pruning_config is None else dataclasses.asdict(pruning_config)))
         self.final_train_dataset = final_train_dataset
+        # What Trainer asks whether the model is in shards, which it is in phases only.
+        self._engines = {name: getattr(self, name) for name in ("is_fsdp_enabled", "is_deepspeed_enabled")}
+        self._use_engines(False)
 
     def train(
         self,
@@ -246,7 +251,8 @@ class E2VPTTrainer(ModelCardTrainer):
         self.args, self._phase = args, phase
         try:
             self._begin(args.seed, args.full_determinism)
-            output = super().train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=self._ignore_keys)
+            with self._shards():
+                output = super().train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=self._ignore_keys)
             self._check_weights()
             metrics = self.evaluate(ignore_keys=self._ignore_keys)
         except FloatingPointError as error:
@@ -284,6 +290,43 @@ class E2VPTTrainer(ModelCardTrainer):
                 f"{explain_non_finite(model, inputs)}"
             )
         return loss
+
+    @contextmanager
+    def _shards(self) -> Iterator[None]:
+        """FSDP and DeepSpeed are given a copy of the model, which they take apart; what it learns comes back.
+
+        Pruning makes parameters of other sizes, and neither engine can change those that it has.
+        """
+        whole: Any = self.model
+        if not any(self._engines.values()):
+            yield
+            return
+        self.model = self.model_wrapped = copy.deepcopy(whole.cpu())
+        self._use_engines(True)
+        try:
+            yield
+            copy_trained(self.model, whole, self._adapter_name)
+        finally:
+            self._use_engines(False)
+            self.accelerator.free_memory()  # DeepSpeed's engine, too
+            self.deepspeed = None
+            self.model = self.callback_handler.model = whole
+            self._release()
+
+    def _use_engines(self, used: bool) -> None:
+        for name, is_there in self._engines.items():
+            setattr(self, name, used and is_there)
+
+    def _place_whole_model(self) -> None:
+        """Trainer does not put a model on the device if there is an engine to do so."""
+        model: Any = self.model
+        if any(self._engines.values()) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            model.to(self.args.device)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As [`~transformers.Trainer.evaluation_loop`]; between phases, of the whole model."""
+        self._place_whole_model()
+        return super().evaluation_loop(*args, **kwargs)
 
     def _check_weights(self) -> None:
         """The last update of a phase may be the one that overflows, and a metric need not show it."""
@@ -331,6 +374,7 @@ class E2VPTTrainer(ModelCardTrainer):
             set_seed(self.args.seed)
             model: Any = self.model
             dataset: Any = self.train_dataset
+            self._place_whole_model()
             with self.accelerator.autocast():
                 scores = score_prompts(
                     model,
@@ -463,11 +507,9 @@ class E2VPTTrainer(ModelCardTrainer):
                 "optimizers=... belong to parameters that pruning replaces. Choose the optimizer by "
                 "TrainingArguments(optim=...), pass optimizer_cls_and_kwargs, or override create_optimizer."
             )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(
-                "E2VPTTrainer works with one process or plain distributed data parallel, not with DeepSpeed or FSDP."
-            )
+        self._check_engines()
         model: Any = self.model
+        refuse_shards(model)
         try:
             adapter_name, layers = prompted_layers(model)
         except ValueError as error:
@@ -479,3 +521,22 @@ class E2VPTTrainer(ModelCardTrainer):
                 "loaded from a file: set PruningConfig(rewind='fresh')."
             )
         return adapter_name, layers[0].adapter_configs[adapter_name]
+
+    def _check_engines(self) -> None:
+        state = self.accelerator.state
+        if self._engines["is_fsdp_enabled"]:
+            plugin = state.fsdp_plugin
+            if (
+                plugin.fsdp_version != 2
+                or "FULL" not in str(plugin.state_dict_type)
+                or plugin.cpu_ram_efficient_loading
+            ):
+                raise ValueError(
+                    "E2VPTTrainer needs FSDP with fsdp_version: 2, fsdp_state_dict_type: FULL_STATE_DICT and "
+                    "fsdp_cpu_ram_efficient_loading: false, as in examples/accelerate/fsdp2.yaml."
+                )
+        if self._engines["is_deepspeed_enabled"] and "scheduler" in state.deepspeed_plugin.deepspeed_config:
+            raise ValueError(
+                "E2VPTTrainer has trainings of different lengths, for which DeepSpeed's scheduler is not made anew: "
+                "take 'scheduler' out of the DeepSpeed config, and use TrainingArguments(lr_scheduler_type=...)."
+            )

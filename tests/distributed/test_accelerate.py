@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+import shutil
 
 import pytest
 import torch
@@ -14,17 +12,21 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from ..models import images, tiny_vit
+from ..trainer.distributed import search
+from ..trainer.interrupted import Events
+from .on_cpu import CONFIGS, DEEPSPEED, NEEDS_DEEPSPEED, launch
 from .train import train
 
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "examples" / "accelerate"
+needs_deepspeed = pytest.mark.skipif(not DEEPSPEED.exists(), reason=NEEDS_DEEPSPEED)
+ENGINES = [
+    "fsdp2",
+    pytest.param("deepspeed_zero2", marks=needs_deepspeed),
+    pytest.param("deepspeed_zero3", marks=needs_deepspeed),
+]
 
 
-def launch(folder, **options):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu.yaml")]
-    command += ["--main_process_port", "0"]  # any that is free
-    command += ["-m", "tests.distributed.train", str(folder), json.dumps(options)]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def launch_training(folder, config="cpu", processes=2, **options):
+    process = launch(config, "tests.distributed.train", str(folder), json.dumps(options), processes=processes)
     assert process.returncode == 0, process.stderr
 
 
@@ -43,7 +45,8 @@ def assert_same_adapter(first, second):
 def test_two_processes_do_what_one_does_and_resume_each_others_work(tmp_path):
     one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
     train(str(one), processes=1)
-    launch(two)
+    launch_training(two)
+    assert (two / "engine").read_text() == "DistributedDataParallel"
     torch.testing.assert_close(losses(two), losses(one), rtol=0, atol=1e-5)
     assert_same_adapter(two, one)
 
@@ -64,9 +67,66 @@ def test_gradient_accumulation_and_mixed_precision_on_two_processes(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     options = {"gradient_accumulation_steps": 2, "bf16": True}
     train(str(one), processes=1, **options)
-    launch(two, **options)
+    launch_training(two, **options)
     # Sums of bfloat16 come out a little differently in batches of another size.
     torch.testing.assert_close(losses(two), losses(one), rtol=2e-2, atol=2e-2)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """What tests.distributed.engines does, on one process and without engines."""
+    folder = tmp_path_factory.mktemp("one_process")
+    train(str(folder / "whole"), processes=1)
+    train(str(folder / "accumulated"), processes=1, gradient_accumulation_steps=2)
+    train(str(folder / "bfloat16"), processes=1, gradient_accumulation_steps=2, bf16=True)
+    search(str(folder / "search"), 0, 1, Events(float("inf"), lambda: None)).train()
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_shards_on_two_processes_do_what_one_process_does(engine, one_process, tmp_path):
+    process = launch(engine, "tests.distributed.engines", str(tmp_path))
+    assert process.returncode == 0, process.stderr
+
+    for run in ("whole", "resumed", "accumulated"):
+        assert (tmp_path / run / "engine").read_text() == engine
+        expected = one_process / ("accumulated" if run == "accumulated" else "whole")
+        torch.testing.assert_close(losses(tmp_path / run), losses(expected), rtol=0, atol=1e-5)
+        assert_same_adapter(tmp_path / run, expected)
+    loaded = PeftModel.from_pretrained(tiny_vit(num_hidden_layers=2), tmp_path / "whole" / "adapter")
+    reference = PeftModel.from_pretrained(tiny_vit(num_hidden_layers=2), one_process / "whole" / "adapter")
+    torch.testing.assert_close(loaded(images()).logits, reference(images()).logits, rtol=1e-5, atol=1e-5)
+    in_bfloat16 = losses(tmp_path / "bfloat16")
+    torch.testing.assert_close(in_bfloat16, losses(one_process / "bfloat16"), rtol=2e-2, atol=2e-2)
+    # ZeRO 2 has the parameters whole.
+    refused = "The model is in shards" in (tmp_path / "scored_in_shards").read_text()
+    assert refused == (engine != "deepspeed_zero2")
+
+    # E2VPTTrainer, interrupted on both processes and resumed
+    assert len(list(tmp_path.glob("interrupted*"))) == 2
+    pruned, expected = tmp_path / "search", one_process / "search"
+    assert (pruned / "engines").read_text() == engine
+    for phase in ("tune", "scores", "candidate-1", "candidate-2"):
+        file = f"_pruning_state/{phase}.safetensors"
+        torch.testing.assert_close(load_file(pruned / file), load_file(expected / file), rtol=0, atol=1e-5)
+    results, reference = (json.loads((folder / "pruning_results.json").read_text()) for folder in (pruned, expected))
+    assert results["best"] == reference["best"] != "unpruned"
+    ranks = [load_file(pruned / f"rank{rank}.safetensors") for rank in (0, 1)]
+    torch.testing.assert_close(*ranks, rtol=0, atol=0)
+    loaded = PeftModel.from_pretrained(tiny_vit(num_hidden_layers=2), pruned / "result").eval()
+    for name, parameter in loaded.named_parameters():
+        if name in ranks[0]:
+            torch.testing.assert_close(parameter, ranks[0][name], rtol=0, atol=0, check_stride=False)
+    assert loaded.peft_config["default"].token_mask == ranks[0]["token_mask"].tolist()
+    best = next(row for row in results["candidates"] if row["name"] == results["best"])
+    assert float((pruned / "loss").read_text()) == pytest.approx(best["metric"], abs=1e-5)
+
+    if engine == "fsdp2":  # DeepSpeed resumes with the same number of processes only
+        shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "alone" / "checkpoint-3")
+        launch_training(tmp_path / "alone", engine, processes=1, resume=True)
+        assert (tmp_path / "alone" / "engine").read_text() == engine
+        torch.testing.assert_close(losses(tmp_path / "alone"), losses(one_process / "whole"), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 
 from ..models import images, tiny_vit
-from .sharded import make_model, steps
+from .sharded import make_model, prune, steps
 
 
 @pytest.mark.slow
@@ -23,9 +23,18 @@ def test_shards_on_two_processes_do_what_one_process_does(depth, tmp_path):
     assert process.returncode == 0, process.stderr
 
     model = make_model(depth)
-    expected = torch.tensor(steps(model))
-    actual = torch.tensor(json.loads((tmp_path / "losses.json").read_text()))
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
-    assert expected[-1] < expected[0]
+    expected = steps(model)
+    prune(model)
+    expected += steps(model)
+    results = json.loads((tmp_path / "results.json").read_text())
+    torch.testing.assert_close(torch.tensor(results["losses"]), torch.tensor(expected), rtol=0, atol=1e-5)
+    assert expected[5] < expected[0]
     loaded = PeftModel.from_pretrained(tiny_vit(num_hidden_layers=2), tmp_path)
+    assert loaded.peft_config["default"].token_mask == model.peft_config["default"].token_mask
+    assert sum(loaded.peft_config["default"].token_mask) == 2
     torch.testing.assert_close(loaded(images()).logits, model.eval()(images()).logits, rtol=1e-4, atol=1e-4)
+
+    # What a sharded model would not notice is refused before anything is changed.
+    assert len(results["refusals"]) == 3
+    assert all("The model is in shards" in message for message in results["refusals"])
+    assert results["masks"] == [None]

@@ -1,7 +1,7 @@
 """What a user's training script does: `accelerate launch -m tests.distributed.train FOLDER [OPTIONS AS JSON]`.
 
 The batch over all processes is the same for any number of them. Losses go to FOLDER/losses.json, the adapter to
-FOLDER/adapter.
+FOLDER/adapter, what it was trained by to FOLDER/engine.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from transformers import Trainer
 
 from ..trainer.toy import TRAIN, VALIDATION, accuracy, adapted, arguments
+from .on_cpu import allow_shards_on_cpu, engine
 
 BATCH_SIZE = 8
 
@@ -42,10 +43,11 @@ def train(folder: str, processes: int, resume: bool = False, **options: Any) -> 
     if trainer.is_world_process_zero():
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         Path(folder, "losses.json").write_text(json.dumps(losses))
+        Path(folder, "engine").write_text(engine(trainer.model_wrapped))
     return trainer
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    trainer = train(sys.argv[1], int(os.environ["WORLD_SIZE"]), **json.loads(sys.argv[2]))
-    assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
+    use_cpu = not allow_shards_on_cpu()
+    train(sys.argv[1], int(os.environ["WORLD_SIZE"]), use_cpu=use_cpu, **json.loads(sys.argv[2]))

@@ -17,15 +17,16 @@ from .interrupted import Events
 from .toy import adapted, make_trainer, pruning
 
 
-def search(folder: str, seed: int, processes: int, events: Events) -> Any:
+def search(folder: str, seed: int, processes: int, events: Events, use_cpu: bool = True) -> Any:
     """A trainer whose batches are the same, over all processes, for any number of them."""
     return make_trainer(
         folder,
         model=adapted(seed=seed, prompt_dropout=0.0),  # dropout would differ
-        config=pruning(token_rates=[0.5], segment_rates=[0.0, 0.5]),
+        config=pruning(token_rates=[0.5], segment_rates=[0.0, 0.5], tolerance=1.0),  # a pruned one wins
         callbacks=[events],
         save_strategy="epoch",
-        ddp_backend="gloo" if processes > 1 else None,
+        ddp_backend="gloo" if processes > 1 and use_cpu else None,
+        use_cpu=use_cpu,
         per_device_train_batch_size=8 // processes,
         per_device_eval_batch_size=8 // processes,
     )

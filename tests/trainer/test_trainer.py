@@ -4,9 +4,11 @@ import copy
 import json
 import math
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, set_seed
 
@@ -387,6 +389,25 @@ def test_what_cannot_work_is_refused_before_training(tmp_path, options, words):
         assert word in str(raised.value)
     assert trainings.folders == []
     assert not (tmp_path / "_pruning_state").exists()
+
+
+@pytest.mark.parametrize(
+    ("plugin", "words"),
+    [
+        ({"fsdp_plugin": FullyShardedDataParallelPlugin(fsdp_version=2)}, ["FULL_STATE_DICT", "fsdp2.yaml"]),
+        ({"deepspeed_plugin": SimpleNamespace(deepspeed_config={"scheduler": {}})}, ["'scheduler'"]),
+    ],
+)
+def test_engines_are_refused_with_settings_that_cannot_work(tmp_path, monkeypatch, plugin, words):
+    trainings = Trainings()
+    trainer = make_trainer(tmp_path, callbacks=[trainings])
+    (name,) = plugin
+    monkeypatch.setitem(trainer._engines, f"is_{name.partition('_')[0]}_enabled", True)
+    monkeypatch.setattr(trainer.accelerator, "state", SimpleNamespace(**plugin))
+    with pytest.raises(ValueError) as raised:
+        trainer.train()
+    assert all(word in str(raised.value) for word in words)
+    assert not trainings.folders
 
 
 def test_several_active_adapters_are_refused(tmp_path):
