@@ -86,15 +86,20 @@ class RayEngine:
     def __enter__(self) -> RayEngine:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
         os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the results have a file of their own
+        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # whose progress tables cannot be turned off
         import ray
 
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+        here = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+        options: dict[str, Any] = {
+            "log_to_driver": False,
+            "logging_level": "error",
+            "runtime_env": {"env_vars": {"PYTHONPATH": here}},
+        }
         if self.workers.address is None:
             options |= {
                 "num_cpus": self.workers.number * self.workers.threads,
                 "include_dashboard": False,
                 "object_store_memory": 100 * 2**20,  # no images go through it
-                "_node_ip_address": "127.0.0.1",
             }
         ray.init(self.workers.address or "local", **options)
         return self
