@@ -309,12 +309,13 @@ def test_kills_change_no_result(name: str, plan: Any, task: Any, backbone: str, 
 
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(half_done, process)
-    workers_of(process)[0].kill()
+    killed = workers_of(process)[0]
+    killed.kill()
     wait_for(lambda: len(records.read(out)) >= 3, process)
-    family = psutil.Process(process.pid).children(recursive=True)
+    workers = wait_for(lambda: [worker for worker in workers_of(process) if worker != killed], process)
     process.kill()
     process.communicate()
-    _, alive = psutil.wait_procs(family, timeout=30)
+    _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive, "the workers end with the command"
     before = lines(out)
 
