@@ -273,7 +273,7 @@ def test_two_workers_find_what_one_process_finds(name: str, plan: Any, task: Any
     report.main([str(tmp_path / "together.jsonl")])
 
 
-def wait_for(what: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 120) -> Any:
+def wait_for(what: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 300) -> Any:
     end = time.monotonic() + seconds
     while not (found := what()):
         assert process.poll() is None, process.communicate()[0]
@@ -308,13 +308,15 @@ def test_kills_change_no_result(name: str, plan: Any, task: Any, backbone: str, 
         return [path for path in tmp_path.glob("killed.jsonl.unfinished-*/*") if path.is_file()]
 
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for(half_done, process)
-    killed = workers_of(process)[0]
-    killed.kill()
-    wait_for(lambda: len(records.read(out)) >= 3, process)
-    workers = wait_for(lambda: [worker for worker in workers_of(process) if worker != killed], process)
-    process.kill()
-    process.communicate()
+    try:
+        wait_for(half_done, process)
+        killed = workers_of(process)[0]
+        killed.kill()
+        wait_for(lambda: len(records.read(out)) >= 3, process)
+        workers = wait_for(lambda: [worker for worker in workers_of(process) if worker != killed], process)
+    finally:
+        process.kill()
+        process.communicate()
     _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive, "the workers end with the command"
     before = lines(out)
