@@ -8,12 +8,14 @@
 Each method searches as many learning rates, on the validation images of each task. With the best one it is trained on
 all training images, once for each seed, and the test images are used once. Each training is a line of the file
 `--out`. The same command goes on where it was killed. `--shard 0/2` and `--shard 1/2` split the work between two
-machines, `--processes` within one.
+machines, `--processes` within one. With `--engine`, processes share out not tasks but trainings, on one machine or on
+a cluster, and poor ones can be stopped early.
 `report.py` makes tables and plots of the files.
 """
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,12 +25,13 @@ from pathlib import Path
 import torch
 from accuracy import EXAMPLES
 from accuracy.ablations import ABLATIONS
+from accuracy.checkpoints import Checkpoints
+from accuracy.engines import ENGINES, Workers, be_quiet, start
 from accuracy.methods import Method, choose
-from accuracy.protocol import RECIPES, Bench, Plan, split_work
-from accuracy.records import Record, Store
+from accuracy.protocol import RECIPES, Bench, Engine, Plan, split_work
+from accuracy.records import Record, Store, key
 from accuracy.tasks import Task, select, suite
 from transformers import HfArgumentParser
-from transformers.utils import logging
 
 
 @dataclass
@@ -59,15 +62,56 @@ class Arguments:
     batch_size: int = field(default=64, metadata={"help": "Images per step."})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: cuda if there is one."})
     shard: str = field(default="0/1", metadata={"help": "i/n: the i-th of n parts of the work, counted from 0."})
-    processes: int = field(default=1, metadata={"help": "Processes on this machine."})
+    processes: int = field(
+        default=1,
+        metadata={"help": "Processes on this machine; with an engine, trainings at a time, wherever they run."},
+    )
     threads: int = field(default=1, metadata={"help": "CPU threads of each process."})
+    engine: str | None = field(
+        default=None, metadata={"help": "Processes share out trainings, not tasks: ray, or optuna on one machine."}
+    )
+    address: str | None = field(
+        default=None, metadata={"help": "Of a Ray cluster, or auto for the one this machine is in."}
+    )
+    gpus_per_training: float | None = field(
+        default=None, metadata={"help": "With Ray, the part of a GPU that each gets; default: all of one, on cuda."}
+    )
+    grace_epochs: int | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "With an engine: after so many epochs, three times as many, and so on, the poorer two thirds of the "
+                "trainings of a search are stopped (ASHA). Default: none is."
+            )
+        },
+    )
+    checkpoint_seconds: float = field(
+        default=60,
+        metadata={"help": "How often to write the state of a training, from which it goes on after a kill."},
+    )
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (("compare", self.compare, ABLATIONS), ("recipe", self.recipe, RECIPES)):
+        for name, value, allowed in (
+            ("compare", self.compare, ABLATIONS),
+            ("recipe", self.recipe, RECIPES),
+            ("engine", self.engine, [None, *ENGINES]),
+        ):
             if value not in allowed:
-                raise ValueError(f"{name}={value!r} must be one of {', '.join(allowed)}.")
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(filter(None, allowed))}.")
         if not self.seeds:
             raise ValueError("seeds is empty: give at least one.")
+        if self.processes < 1:
+            raise ValueError(f"processes={self.processes} must be 1 or more.")
+        for name in ("address", "gpus_per_training"):
+            if getattr(self, name) is not None and self.engine != "ray":
+                raise ValueError(f"{name}={getattr(self, name)!r} needs engine='ray', but engine={self.engine!r}.")
+        if self.grace_epochs is not None:
+            if self.engine is None:
+                raise ValueError(f"grace_epochs={self.grace_epochs} needs an engine: {', '.join(ENGINES)}.")
+            if not 1 <= self.grace_epochs < self.epochs:
+                raise ValueError(
+                    f"grace_epochs={self.grace_epochs} must be from 1 to {self.epochs - 1}, one less than epochs."
+                )
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -87,13 +131,25 @@ def cells_of(tasks: list[Task], methods: list[Method]) -> list[tuple[Task, list[
     return [(task, together) for task in tasks for together in shared.values()]
 
 
-def run_cell(task: Task, methods: list[Method], plan: Plan, out: Path, threads: int) -> list[Record]:
+def run_cell(
+    task: Task,
+    methods: list[Method],
+    plan: Plan,
+    out: Path,
+    threads: int,
+    checkpoint_seconds: float,
+    engine: Engine | None = None,
+) -> list[Record]:
     """All trainings of a cell, in this or in a process of its own. Returns the final records."""
-    torch.set_num_threads(threads)
-    logging.set_verbosity_error()  # a new head is no news
-    logging.disable_progress_bar()
-    bench = Bench(task, plan, Store(out))
-    return [record for method in methods for record in bench.run(method)]
+    be_quiet(threads)
+    what = key({"task": task.name, "method": methods[0].searched_as, **plan.settings})
+    folder = out.with_name(f"{out.name}.unfinished-{task.name}-{hashlib.sha256(what.encode()).hexdigest()[:8]}")
+    checkpoints = Checkpoints(folder, checkpoint_seconds)
+    shared = any(method.pruning for method in methods)
+    bench = Bench(task, plan, Store(out), checkpoints, shared, engine)
+    found = [record for method in methods for record in bench.run(method)]
+    checkpoints.clear()
+    return found
 
 
 def show(records: list[Record], done: int, total: int) -> None:
@@ -110,20 +166,32 @@ def main(argv: list[str] | None = None) -> list[Record]:
     """Run what is not yet in the file; the final records of this shard."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)  # type: ignore[arg-type]
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    plan = Plan(args.model, args.data_dir, args.recipe, args.epochs, args.batch_size, tuple(args.seeds), device)
+    plan = Plan(
+        args.model,
+        args.data_dir,
+        args.recipe,
+        args.epochs,
+        args.batch_size,
+        tuple(args.seeds),
+        device,
+        args.grace_epochs,
+    )
     tasks = select(suite(args.suite, args.data_dir), args.tasks, args.leave_out)
     methods = choose(ABLATIONS[args.compare], args.methods)
     cells = split_work(cells_of(tasks, methods), parse_shard(args.shard))
+    common = (plan, Path(args.out), args.threads, args.checkpoint_seconds)
     results: list[Record] = []
-    if args.processes == 1:
-        for number, (task, together) in enumerate(cells, start=1):
-            found = run_cell(task, together, plan, Path(args.out), args.threads)
-            show(found, number, len(cells))
-            results += found
+    if args.processes == 1 or args.engine:
+        gpus = args.gpus_per_training if args.gpus_per_training is not None else float(device == "cuda")
+        with start(args.engine, Workers(args.processes, args.threads, args.address, gpus)) as engine:
+            for number, cell in enumerate(cells, start=1):
+                found = run_cell(*cell, *common, engine)
+                show(found, number, len(cells))
+                results += found
         return results
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with ProcessPoolExecutor(args.processes, mp_context=context) as pool:
-        work = [pool.submit(run_cell, *cell, plan, Path(args.out), args.threads) for cell in cells]
+        work = [pool.submit(run_cell, *cell, *common) for cell in cells]
         for number, future in enumerate(as_completed(work), start=1):
             show(future.result(), number, len(cells))
             results += future.result()

@@ -340,28 +340,6 @@ def test_best_learning_rate_and_rates_are_chosen_by_validation(plan: Any, colour
     assert fresh.search_rates(method, 0.009, 1e-4) == (0.0, 0.0), "no candidate is as good as unpruned"
 
 
-def test_candidates_for_pruning_start_from_one_training(
-    plan: Any, colours: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def measure(bench: Any, rates: Any) -> Any:
-        how = training.Optimisation("adamw", 1e-2, 1e-4, 1, 8, seed=0)
-        return bench.measure(methods.e2vpt("pruned", methods.Pruning(), "E²VPT"), "validation", how, rates)
-
-    trained: list[Any] = []
-    monkeypatch.setattr(protocol, "train", lambda *args: trained.append(args) or training.train(*args))
-    shared = protocol.Bench(colours, plan, records.Store(tmp_path / "out.jsonl"))
-    for rates in ((0.3, 0.0), (0.6, 0.5)):
-        alone = measure(protocol.Bench(colours, plan, records.Store(tmp_path / "out.jsonl")), rates)
-        together = measure(shared, rates)
-        assert {**alone, "seconds": 0} == {**together, "seconds": 0}
-    assert len(trained) == 2 * 2 + 3, "tuned once, trained again for each candidate"
-    how = training.Optimisation("adamw", 1e-2, 1e-4, 1, 8, seed=0)
-    models = [bench.build(methods.e2vpt(), 0) for bench in (shared, shared)]
-    training.train(models[0], shared.splits.train, shared.preprocessing, how)
-    shared.tune(models[1], ("E²VPT", "validation", how), shared.splits.train)
-    assert all(torch.equal(*pair) for pair in zip(*(model.state_dict().values() for model in models)))
-
-
 def test_every_method_has_the_same_number_of_trials() -> None:
     for recipe, number in (("quick", 5), ("paper", 40)):
         assert {len(protocol.RECIPES[recipe].trials(method, 64)) for method in methods.METHODS} == {number}

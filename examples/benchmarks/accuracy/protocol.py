@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from random import Random
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from datasets import ClassLabel
@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor
 
 from e2vpt_peft import PromptScores, prune_prompts, rewind_prompts, score_prompts
 
+from .checkpoints import Checkpoints, Clock, History, Progress
 from .images import Images, Splits, load
 from .methods import Method, Pruning
 from .records import Record, Store
@@ -31,6 +32,9 @@ from .training import (
     precision,
     train,
 )
+
+REDUCTION = 3
+"""At each rung of a search with early stopping, about one training in so many goes on."""
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
@@ -91,6 +95,15 @@ class Plan:
     batch_size: int
     seeds: tuple[int, ...]
     device: str
+    grace_epochs: int | None = None
+
+    @property
+    def rungs(self) -> list[int]:
+        """The epochs after which a poor training may be stopped early."""
+        if self.grace_epochs is None:
+            return []
+        powers = range(self.epochs.bit_length())
+        return [rung for power in powers if (rung := self.grace_epochs * REDUCTION**power) < self.epochs]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -100,14 +113,68 @@ class Plan:
         }  # fmt: skip
 
 
-class Bench:
-    """One task: its images on the device, and trainings on them."""
+class Trial(NamedTuple):
+    """One training: of what, on which part of the images, how, and what is pruned."""
 
-    def __init__(self, task: Task, plan: Plan, store: Store) -> None:
-        self.task, self.plan, self.store = task, plan, store
+    method: Method
+    part: str
+    learning_rate: float
+    weight_decay: float
+    seed: int
+    rates: Rates | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training as it is given to another process.
+
+    Attributes:
+        task, plan, trial: What to train.
+        checkpoints (`str`): The folder for its state.
+        checkpoint_seconds (`float`): How often it is written.
+        shared (`bool`): Whether trainings that prune go on from where this one ends.
+        stoppable (`bool`): Whether it may be stopped early.
+        known (`Record`, *optional*): What became of it already. Then it only reports again what it reported once, so
+            that it counts where others are judged by it.
+    """
+
+    task: Task
+    plan: Plan
+    trial: Trial
+    checkpoints: str
+    checkpoint_seconds: float
+    shared: bool
+    stoppable: bool
+    known: Record | None = None
+
+
+class Engine(Protocol):
+    """Does trainings in other processes."""
+
+    def run(self, jobs: Sequence[Job], tell: Callable[[Job, Record], None]) -> None:
+        """Do all jobs.
+
+        Args:
+            jobs (`Sequence[Job]`): What to do.
+            tell (`Callable`): Called in this process, as soon as a training is finished or stopped. `epochs_done` is
+                in the record of one that was stopped.
+        """
+
+
+class Trainings:
+    """One task: its images on the device, and trainings on them.
+
+    Args:
+        task, plan: What to train on, and how.
+        checkpoints ([`Checkpoints`], *optional*): Where trainings that are not finished are kept.
+        shared (`bool`): Whether to keep those that are finished, too, until the folder is cleared: then the many
+            trainings that differ in what they prune train once until there.
+    """
+
+    def __init__(self, task: Task, plan: Plan, checkpoints: Checkpoints | None = None, shared: bool = False) -> None:
+        self.task, self.plan, self.checkpoints, self.shared = task, plan, checkpoints, shared
         self.recipe = RECIPES[plan.recipe]
         self.device = torch.device(plan.device)
-        self.tuned: dict[tuple[str, str, Optimisation], dict[str, torch.Tensor]] = {}
 
     @cached_property
     def preprocessing(self) -> Preprocessing:
@@ -138,41 +205,10 @@ class Bench:
     def build(self, method: Method, seed: int) -> nn.Module:
         return method.adapt(self.build_backbone(seed), self.task).to(self.device)
 
-    def run(self, method: Method) -> list[Record]:
-        """Search, then the final trainings: one record for each seed."""
-        learning_rate, decay = self.search(method)
-        rates = self.search_rates(method, learning_rate, decay) if method.pruning else None
-        return [self.once(method, "test", learning_rate, decay, seed, rates) for seed in self.plan.seeds]
-
-    def search(self, method: Method) -> tuple[float, float]:
-        """The learning rate and weight decay that validate best, the first of them if several do."""
-        trials = self.recipe.trials(method, self.plan.batch_size)
-        seed = self.plan.seeds[0]
-        return max(trials, key=lambda trial: self.once(method, "validation", *trial, seed, None)["accuracy"])
-
-    def search_rates(self, method: Method, learning_rate: float, decay: float) -> Rates:
-        """The rates of pruning that validate best, of several that do those that prune most."""
-        assert method.pruning is not None
-        seed, trial = self.plan.seeds[0], (learning_rate, decay)
-        candidates = sorted(
-            {(t * method.pruning.tokens, s * method.pruning.segments) for t, s in self.recipe.rates} - {(0.0, 0.0)}
-        )
-        records = [self.once(method, "validation", *trial, seed, rates) for rates in candidates]
-        accuracies = [record["accuracy"] for record in records]
-        fewest = min(r["trainable"] for r in records if r["accuracy"] == max(accuracies))
-        best = next(
-            rates
-            for rates, r in zip(candidates, records)
-            if r["accuracy"] == max(accuracies) and r["trainable"] == fewest
-        )
-        unpruned = self.once(method, "validation", *trial, seed, None)["accuracy"]
-        return (0.0, 0.0) if self.recipe.unpruned and unpruned > max(accuracies) else best
-
-    def once(
-        self, method: Method, part: str, learning_rate: float, decay: float, seed: int, rates: Rates | None
-    ) -> Record:
-        """One training and its accuracy, unless the store has it."""
-        settings = {
+    def settings(self, trial: Trial) -> dict[str, Any]:
+        """What tells one training from another."""
+        method, part, learning_rate, decay, seed, rates = trial
+        return {
             "task": self.task.name,
             "group": self.task.group,
             "method": method.searched_as if part == "validation" and rates is None else method.name,
@@ -183,12 +219,33 @@ class Bench:
             "seed": seed,
             **self.plan.settings,
         }
-        how = Optimisation(self.recipe.optimizer, learning_rate, decay, self.plan.epochs, self.plan.batch_size, seed)
-        return self.store.once(settings, lambda: self.measure(method, part, how, rates))
 
-    def measure(self, method: Method, part: str, how: Optimisation, rates: Rates | None) -> Record:
-        """Train, prune and train again if there are rates, and evaluate."""
-        start = time.perf_counter()
+    def optimisation(self, trial: Trial) -> Optimisation:
+        return Optimisation(
+            self.recipe.optimizer,
+            trial.learning_rate,
+            trial.weight_decay,
+            self.plan.epochs,
+            self.plan.batch_size,
+            trial.seed,
+        )
+
+    def measure(
+        self,
+        method: Method,
+        part: str,
+        how: Optimisation,
+        rates: Rates | None,
+        report: Callable[[Record], None] | None = None,
+    ) -> Record:
+        """Train, prune and train again if there are rates, and evaluate.
+
+        Args:
+            method, part, how, rates: See [`Trial`].
+            report (`Callable`, *optional*): Told the accuracy at each rung of the plan, as a record of a training that
+                was stopped there. May raise to stop it. Of a training that prunes, what comes after that counts.
+        """
+        clock = Clock()
         splits = self.cached_features if method.cached else self.splits
         preprocessing = Identity() if method.cached else self.preprocessing
         trained_on, judged_on = (
@@ -198,43 +255,167 @@ class Bench:
         total = sum(p.numel() for p in model.parameters())
         if method.cached:
             model = Probe(model.get_submodule(HEAD))
-        if method.pruning is None:
-            train(model, trained_on, preprocessing, how)
-        else:
-            self.tune(model, (method.searched_as, part, how), trained_on)
-        if rates is not None and rates != (0.0, 0.0):
-            assert method.pruning is not None
-            self.prune(model, method.pruning, rates, trained_on)
-            train(model, trained_on, preprocessing, how)
+        machine = {
+            "hardware": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU",
+            "torch": torch.__version__,
+        }
+
+        def tell(history: History) -> None:
+            assert report is not None
+            epoch, found = history[-1]
+            seconds = round(clock.seconds, 3)
+            report({"accuracy": found, "epochs_done": epoch, "history": history, "seconds": seconds, **machine})
+
+        judged: dict[str, Any] = {}
+        if report:
+            judged = {"rungs": self.plan.rungs, "report": tell}
+            judged["judge"] = lambda model: accuracy(model, judged_on, preprocessing)
+        trial = Trial(method, part, how.learning_rate, how.weight_decay, how.seed, rates)
+        first = {**self.settings(trial), "method": method.searched_as, "rates": None}
+        pruned = rates is not None and rates != (0.0, 0.0)
+        progress = Progress(self.checkpoints, first, clock, self.shared, **({} if pruned else judged))
+        train(model, trained_on, preprocessing, how, progress)
+        if pruned:
+            assert method.pruning is not None and rates is not None
+            self.prune(model, method.pruning, rates, trained_on, first)
+            progress = Progress(self.checkpoints, self.settings(trial), clock, **judged)
+            train(model, trained_on, preprocessing, how, progress)
         return {
             "accuracy": accuracy(model, judged_on, preprocessing),
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "head": sum(p.numel() for p in head_of(model)),
             "total": total,
-            "seconds": round(time.perf_counter() - start, 3),
-            "hardware": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU",
-            "torch": torch.__version__,
+            "seconds": round(clock.seconds, 3),
+            **machine,
+            **({"history": progress.history} if progress.history else {}),
         }
 
-    def tune(self, model: nn.Module, training: tuple[str, str, Optimisation], images: Images) -> None:
-        """The training before pruning, once for all the candidates and variants that start from it."""
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if training not in self.tuned:
-            train(model, images, self.preprocessing, training[-1])
-            self.tuned[training] = {name: p.detach().clone() for name, p in trainable.items()}
-        with torch.no_grad():
-            for name, value in self.tuned[training].items():
-                trainable[name].copy_(value)
+    def prune(self, model: nn.Module, pruning: Pruning, rates: Rates, images: Images, trained: dict[str, Any]) -> None:
+        """Score on the images that the prompts were trained on, prune, and rewind.
 
-    def prune(self, model: nn.Module, pruning: Pruning, rates: Rates, images: Images) -> None:
-        """Score on the images that the prompts were trained on, prune, and rewind."""
-        with precision(self.device):
-            scores: PromptScores = score_prompts(
-                model, list(batches(images, self.preprocessing)), pruning.importance, progress_bar=False
-            )
+        The scores are kept with the training that they are of: they serve all rates, and a training that goes on after
+        a kill has to prune what it pruned before.
+        """
+        settings = {**trained, "scores": pruning.importance}
+        if self.checkpoints and (kept := self.checkpoints.read(settings)):
+            scores = PromptScores(**kept)
+        else:
+            with precision(self.device):
+                scores = score_prompts(
+                    model, list(batches(images, self.preprocessing)), pruning.importance, progress_bar=False
+                )
+            if self.checkpoints:
+                self.checkpoints.write(settings, vars(scores))
         prune_prompts(model, scores, token_rate=rates[0], segment_rate=rates[1])
         if pruning.rewind:
             rewind_prompts(model)
+
+
+class Bench(Trainings):
+    """The protocol on one task.
+
+    Args:
+        task, plan, checkpoints, shared: See [`Trainings`].
+        store ([`Store`]): The results. What it has is not run again.
+        engine ([`Engine`], *optional*): Does several trainings at a time, in other processes.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        plan: Plan,
+        store: Store,
+        checkpoints: Checkpoints | None = None,
+        shared: bool = False,
+        engine: Engine | None = None,
+    ) -> None:
+        super().__init__(task, plan, checkpoints, shared)
+        self.store, self.engine = store, engine
+
+    def run(self, method: Method) -> list[Record]:
+        """Search, then the final trainings: one record for each seed."""
+        learning_rate, decay = self.search(method)
+        rates = self.search_rates(method, learning_rate, decay) if method.pruning else None
+        seeds = self.plan.seeds
+        found = self.train_all([Trial(method, "test", learning_rate, decay, seed, rates) for seed in seeds])
+        return [record for record in found if record]
+
+    def search(self, method: Method) -> tuple[float, float]:
+        """The learning rate and weight decay that validate best, the first of them if several do."""
+        trials = self.recipe.trials(method, self.plan.batch_size)
+        seed = self.plan.seeds[0]
+        found = self.train_all([Trial(method, "validation", *trial, seed, None) for trial in trials], stoppable=True)
+        return max(((trial, r["accuracy"]) for trial, r in zip(trials, found) if r), key=lambda pair: pair[1])[0]
+
+    def search_rates(self, method: Method, learning_rate: float, decay: float) -> Rates:
+        """The rates of pruning that validate best, of several that do those that prune most."""
+        assert method.pruning is not None
+        seed, trial = self.plan.seeds[0], (learning_rate, decay)
+        candidates = sorted(
+            {(t * method.pruning.tokens, s * method.pruning.segments) for t, s in self.recipe.rates} - {(0.0, 0.0)}
+        )
+        records = self.train_all(
+            [Trial(method, "validation", *trial, seed, rates) for rates in candidates], stoppable=True
+        )
+        finished = [(rates, record) for rates, record in zip(candidates, records) if record]
+        highest = max(record["accuracy"] for _, record in finished)
+        best, _ = min(
+            ((rates, r["trainable"]) for rates, r in finished if r["accuracy"] == highest), key=lambda pair: pair[1]
+        )
+        (unpruned,) = self.train_all([Trial(method, "validation", *trial, seed, None)])
+        assert unpruned is not None
+        return (0.0, 0.0) if self.recipe.unpruned and unpruned["accuracy"] > highest else best
+
+    def train_all(self, trials: Sequence[Trial], stoppable: bool = False) -> list[Record | None]:
+        """The records of trainings, in their order; none of one that was stopped early."""
+        if self.engine is None:
+            return [self.once(trial) for trial in trials]
+        known = [self.known(trial, stoppable) for trial in trials]
+        if not all(known):
+            jobs = [self.job(trial, stoppable, record) for trial, record in zip(trials, known)]
+            if stoppable and self.plan.rungs:
+                # Learning rates are sorted, and were each better than the last, none would be stopped.
+                Random(0).shuffle(jobs)
+                jobs.sort(key=lambda job: job.known is None)
+            else:
+                jobs = [job for job in jobs if job.known is None]
+            self.engine.run(jobs, self.add)
+        return [self.store.find(self.settings(trial)) for trial in trials]
+
+    def known(self, trial: Trial, stoppable: bool) -> Record | None:
+        """What became of a training, if anything did."""
+        settings = self.settings(trial)
+        return self.store.find(settings) or (self.store.find(self.stopped(settings)) if stoppable else None)
+
+    def stopped(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The settings of a training that was stopped early, which no finished one has."""
+        return {**settings, "part": "stopped", "grace_epochs": self.plan.grace_epochs}
+
+    def job(self, trial: Trial, stoppable: bool, known: Record | None) -> Job:
+        assert self.checkpoints is not None
+        folder, seconds = str(self.checkpoints.folder), self.checkpoints.seconds
+        return Job(self.task, self.plan, trial, folder, seconds, self.shared, stoppable, known)
+
+    def add(self, job: Job, record: Record) -> None:
+        """Write what became of a training."""
+        if job.known is None:
+            settings = self.settings(job.trial)
+            self.store.add(self.stopped(settings) if "epochs_done" in record else settings, record)
+            self.forget(job.trial)
+
+    def once(self, trial: Trial) -> Record:
+        """One training and its accuracy, unless the store has it."""
+        method, part, *_, rates = trial
+        record = self.store.once(
+            self.settings(trial), lambda: self.measure(method, part, self.optimisation(trial), rates)
+        )
+        self.forget(trial)
+        return record
+
+    def forget(self, trial: Trial) -> None:
+        """Remove the state of a finished training, unless others go on from there."""
+        if self.checkpoints and not (self.shared and trial.rates is None):
+            self.checkpoints.forget(self.settings(trial))
 
 
 def head_of(model: nn.Module) -> list[nn.Parameter]:

@@ -51,12 +51,16 @@ class Store:
             settings (`dict[str, Any]`): All that tells one training from another.
             measure (`Callable`): Trains, and returns what else goes into the record.
         """
-        name = key(settings)
-        if name not in self.known:
-            record = {"settings": settings, **measure()}
-            self._append(json.dumps(record, ensure_ascii=False))
-            self.known[name] = record
-        return self.known[name]
+        return self.find(settings) or self.add(settings, measure())
+
+    def find(self, settings: dict[str, Any]) -> Record | None:
+        return self.known.get(key(settings))
+
+    def add(self, settings: dict[str, Any], measured: Record) -> Record:
+        """Write a record."""
+        record = {"settings": settings, **measured}
+        self._append(json.dumps(record, ensure_ascii=False))
+        return self.known.setdefault(key(settings), record)
 
     def _append(self, line: str) -> None:
         """Write a whole line in one go, so that those of several processes do not mix."""

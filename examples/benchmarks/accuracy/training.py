@@ -12,6 +12,7 @@ from quickstart import HEAD
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
+from .checkpoints import Progress
 from .images import Images
 
 EVALUATION_BATCH = 256
@@ -70,15 +71,30 @@ def precision(device: torch.device) -> AbstractContextManager[None]:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def train(model: nn.Module, images: Images, preprocessing: Preprocessing, how: Optimisation) -> None:
-    """Train what is trainable. The same arguments give the same weights, as far as the device's kernels repeat."""
+def train(
+    model: nn.Module,
+    images: Images,
+    preprocessing: Preprocessing,
+    how: Optimisation,
+    progress: Progress | None = None,
+) -> None:
+    """Train what is trainable. The same arguments give the same weights, as far as the device's kernels repeat.
+
+    Args:
+        model (`nn.Module`): Called as a transformers model is.
+        images ([`Images`]): To train on.
+        preprocessing ([`Preprocessing`]): From these to the model's input.
+        how ([`Optimisation`]): The settings.
+        progress ([`Progress`], *optional*): Lets it go on where it was killed, and be judged on its way.
+    """
+    progress = progress or Progress()
     device = images.labels.device
     torch.manual_seed(how.seed)
     optimizer = make_optimizer(model, how, device)
     steps = how.epochs * -(-len(images) // how.batch_size)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
-    model.train()
-    for _ in range(how.epochs):
+    for epoch in range(progress.resume(model, optimizer, schedule), how.epochs):
+        model.train()
         for chosen in torch.randperm(len(images)).to(device).split(how.batch_size):
             pixels = preprocessing.for_training(images.pixels[chosen])
             with precision(device):
@@ -87,6 +103,7 @@ def train(model: nn.Module, images: Images, preprocessing: Preprocessing, how: O
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
+        progress.after(epoch + 1, epoch + 1 == how.epochs, model, optimizer, schedule)
 
 
 def make_optimizer(model: nn.Module, how: Optimisation, device: torch.device) -> torch.optim.Optimizer:
