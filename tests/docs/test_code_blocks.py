@@ -19,7 +19,20 @@ from .pages import PAGES, ROOT, blocks, commands
 
 TESTED_ELSEWHERE = {"docs/hub.md": "tests/hub/test_guide.py"}  # needs a Hub
 SLOW = {"README.md", "docs/image_classification.md", "docs/pictures.md", "docs/pruning.md"}
-OTHER_PROGRAMS = {"accelerate", "git", "hf", "mkdocs", "mypy", "pre-commit", "pytest", "ruff", "torchrun", "twine"}
+OTHER_PROGRAMS = {
+    "accelerate",
+    "export",
+    "git",
+    "hf",
+    "mkdocs",
+    "mypy",
+    "pre-commit",
+    "pytest",
+    "ray",
+    "ruff",
+    "torchrun",
+    "twine",
+}
 
 WITH_PYTHON = [page for page in PAGES if blocks(page, "python") and page not in TESTED_ELSEWHERE]
 WITH_COMMANDS = [page for page in PAGES if commands(page)]
