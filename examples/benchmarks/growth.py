@@ -116,8 +116,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [["what grows", "size", *measures], ["---"] * (len(measures) + 2)]
     for dimension, size in dict.fromkeys((row["dimension"], row["size"]) for row in rows):
         here = {r["measure"]: r["ratio"] for r in rows if (r["dimension"], r["size"]) == (dimension, size)}
-        lines.append([dimension, str(size), *(f"{here[name]:.3g}" for name in measures)])
+        lines.append([dimension, str(size), *(shown(here[name]) for name in measures)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def shown(ratio: float) -> str:
+    return f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.3g}"
 
 
 def plot(rows: Sequence[dict[str, Any]]) -> Figure:
@@ -166,11 +170,12 @@ def main(command: Sequence[str] | None = None) -> list[dict[str, Any]]:
     rows = []
     for dimension in own.grow:
         for size in own.sizes or GROWTH[dimension]:
-            rows += measure(options, dimension, size)
+            found = list(measure(options, dimension, size))
+            rows += found
+            if options.out:
+                with options.out.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps({**row, **run}, ensure_ascii=False) + "\n" for row in found)
     print(table(rows))
-    if options.out:
-        with options.out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({**row, **run}, ensure_ascii=False) + "\n" for row in rows)
     if own.plot:
         plot(rows).savefig(own.plot, dpi=150)
     return rows
