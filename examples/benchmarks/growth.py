@@ -149,7 +149,10 @@ def parse(command: Sequence[str]) -> tuple[argparse.Namespace, argparse.Namespac
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="All other options are those of speed.py; --batch-size and --prompts take their first value.",
+        epilog=(
+            "All other options are those of speed.py, such as --threads, --rounds and --out; --batch-size and --prompts "
+            "take their first value."
+        ),
     )
     parser.add_argument("--grow", choices=GROWTH, nargs="+", default=list(GROWTH), help="what grows (default: all)")
     parser.add_argument("--sizes", type=int, nargs="+", help="its sizes, in place of those in the table GROWTH")
