@@ -150,8 +150,8 @@ def parse(command: Sequence[str]) -> tuple[argparse.Namespace, argparse.Namespac
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=(
-            "All other options are those of speed.py, such as --threads, --rounds and --out; --batch-size and --prompts "
-            "take their first value."
+            "All other options are those of speed.py, such as --threads, --rounds and --out; --batch-size and "
+            "--prompts take their first value."
         ),
     )
     parser.add_argument("--grow", choices=GROWTH, nargs="+", default=list(GROWTH), help="what grows (default: all)")
