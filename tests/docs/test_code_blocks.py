@@ -21,7 +21,6 @@ TESTED_ELSEWHERE = {"docs/hub.md": "tests/hub/test_guide.py"}  # needs a Hub
 SLOW = {"README.md", "docs/image_classification.md", "docs/pictures.md", "docs/pruning.md"}
 OTHER_PROGRAMS = {
     "accelerate",
-    "export",
     "git",
     "hf",
     "mkdocs",
