@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from transformers import ViTConfig, ViTForImageClassification
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -15,3 +18,17 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def load_script() -> Callable[[str], Any]:
     """From the name of an example to an object with its functions; the example does not run."""
     return lambda name: SimpleNamespace(**runpy.run_path(str(EXAMPLES / name), run_name=Path(name).stem))
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a random ViT for 16 x 16 pixels, two layers of 32, and its image processor."""
+    folder = tmp_path_factory.mktemp("backbone")
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=16, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    processor = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return str(folder)

@@ -17,7 +17,6 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from scipy import ndimage
-from transformers import ViTConfig, ViTForImageClassification
 
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -26,22 +25,9 @@ parts = ("ablations", "drawing", "images", "methods", "protocol", "records", "ta
 ablations, drawing, data, methods, protocol, records, tables, tasks, training = (
     importlib.import_module(f"accuracy.{name}") for name in parts
 )
-HIDDEN, LAYERS, CLASSES = 32, 2, 3
+HIDDEN, LAYERS = 32, 2  # of tiny_backbone
+CLASSES = 3
 HEAD = HIDDEN * CLASSES + CLASSES
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("backbone")
-    torch.manual_seed(0)
-    config = ViTConfig(
-        image_size=16, patch_size=8, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4,
-        intermediate_size=64,
-    )  # fmt: skip
-    ViTForImageClassification(config).save_pretrained(folder)
-    processor = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    return str(folder)
 
 
 def picture(label: int, width: int = 20, height: int = 14) -> PILImage.Image:
@@ -68,8 +54,8 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def plan(backbone: str, data_dir: Path) -> Any:
-    return protocol.Plan(backbone, str(data_dir), "quick", 1, 8, (0, 1), "cpu")
+def plan(tiny_backbone: str, data_dir: Path) -> Any:
+    return protocol.Plan(tiny_backbone, str(data_dir), "quick", 1, 8, (0, 1), "cpu")
 
 
 @pytest.fixture
@@ -285,11 +271,11 @@ def test_names_are_unique_and_searches_exist(name: str) -> None:
 
 
 def test_search_uses_validation_alone_and_finishes_what_was_killed(
-    backbone: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_backbone: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out.jsonl"
     options = [
-        f"--out={out}", f"--data_dir={data_dir}", "--tasks", "colours", f"--model={backbone}", "--epochs=1",
+        f"--out={out}", f"--data_dir={data_dir}", "--tasks", "colours", f"--model={tiny_backbone}", "--epochs=1",
         "--seeds", "0", "1", "--methods", "linear probe", "E²VPT", "E²VPT, pruned", "--device=cpu",
     ]  # fmt: skip
     results = compare.main(options)

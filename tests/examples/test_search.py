@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import pickle
 import subprocess
 import sys
@@ -19,7 +18,6 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from torch import nn
-from transformers import ViTConfig, ViTForImageClassification
 
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -32,19 +30,6 @@ EPOCHS = 9
 CLASSES = 3
 PRUNED = methods.e2vpt("E²VPT, pruned", methods.Pruning())
 PRUNED_AFTER = methods.e2vpt("E²VPT, pruned", methods.Pruning(), "E²VPT")
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("backbone")
-    torch.manual_seed(0)
-    config = ViTConfig(
-        image_size=16, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
-    )
-    ViTForImageClassification(config).save_pretrained(folder)
-    processor = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +52,8 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def plan(backbone: str, data_dir: str) -> Any:
-    return protocol.Plan(backbone, data_dir, "quick", EPOCHS, 8, (0,), "cpu")
+def plan(tiny_backbone: str, data_dir: str) -> Any:
+    return protocol.Plan(tiny_backbone, data_dir, "quick", EPOCHS, 8, (0,), "cpu")
 
 
 @pytest.fixture
@@ -294,13 +279,15 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", engines.ENGINES)
-def test_kills_change_no_result(name: str, plan: Any, task: Any, backbone: str, data_dir: str, tmp_path: Path) -> None:
+def test_kills_change_no_result(
+    name: str, plan: Any, task: Any, tiny_backbone: str, data_dir: str, tmp_path: Path
+) -> None:
     pytest.importorskip(name)
     plan = protocol.Plan(**{**vars(plan), "epochs": 30})
     out = tmp_path / "killed.jsonl"
     command = [
         sys.executable, str(BENCHMARKS / "compare.py"), f"--out={out}", f"--data_dir={data_dir}", "--tasks=noise",
-        f"--model={backbone}", "--epochs=30", "--batch_size=8", "--seeds=0", "--device=cpu",
+        f"--model={tiny_backbone}", "--epochs=30", "--batch_size=8", "--seeds=0", "--device=cpu",
         f"--engine={name}", "--processes=2", "--checkpoint_seconds=0.1", "--methods", "E²VPT, pruned",
     ]  # fmt: skip
 

@@ -23,6 +23,11 @@ ABLATIONS: dict[str, tuple[Method, ...]] = {
     "kv_prompts": tuple(e2vpt(f"{n} key-value prompts", num_kv_prompts=n) for n in (0, 1, 5, 10, 20)),
     "sharing": (e2vpt("shared K and V"), e2vpt("separate K and V", share_kv_prompts=False)),
     "initialisation": (e2vpt("Kaiming"), e2vpt("truncated normal", init_weights="trunc_normal")),
+    "dropout": (
+        e2vpt("dropout 0.1, visual"),
+        e2vpt("dropout 0.1, both", kv_prompt_dropout=0.1),
+        e2vpt("no dropout", prompt_dropout=0.0),
+    ),
     "importance": (
         e2vpt(TUNED),
         *(e2vpt(f"importance: {name}", Pruning(importance=name), TUNED) for name in SCORING_METHODS),
