@@ -1,4 +1,7 @@
-"""The paper's ablations: variants of E²VPT, one table of results each."""
+"""The paper's ablations: variants of E²VPT, one table of results each.
+
+Where the default is one of the variants, it has the name it has among the methods, and shares its trainings.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,12 @@ from e2vpt_peft.importance import SCORING_METHODS
 from .methods import METHODS, Method, Pruning, e2vpt
 
 TUNED = "E²VPT"
+VPT = e2vpt("VPT-Deep", num_kv_prompts=0)
 
 ABLATIONS: dict[str, tuple[Method, ...]] = {
     "methods": METHODS,
     "components": (
-        e2vpt("visual prompts", num_kv_prompts=0),
+        VPT,
         e2vpt("key-value prompts", num_visual_prompts=0),
         e2vpt(TUNED),
         e2vpt("pruned tokens", Pruning(segments=False), TUNED),
@@ -20,12 +24,12 @@ ABLATIONS: dict[str, tuple[Method, ...]] = {
         e2vpt("E²VPT, pruned", Pruning(), TUNED),
     ),
     "visual_prompts": tuple(e2vpt(f"{n} visual prompts", num_visual_prompts=n) for n in (1, 5, 10, 20, 50)),
-    "kv_prompts": tuple(e2vpt(f"{n} key-value prompts", num_kv_prompts=n) for n in (0, 1, 5, 10, 20)),
-    "sharing": (e2vpt("shared K and V"), e2vpt("separate K and V", share_kv_prompts=False)),
-    "initialisation": (e2vpt("Kaiming"), e2vpt("truncated normal", init_weights="trunc_normal")),
+    "kv_prompts": (VPT, *(e2vpt(f"{n} key-value prompts", num_kv_prompts=n) for n in (1, 5, 10, 20))),
+    "sharing": (e2vpt(TUNED), e2vpt("separate K and V", share_kv_prompts=False)),
+    "initialisation": (e2vpt(TUNED), e2vpt("truncated normal", init_weights="trunc_normal")),
     "dropout": (
-        e2vpt("dropout 0.1, visual"),
-        e2vpt("dropout 0.1, both", kv_prompt_dropout=0.1),
+        e2vpt(TUNED),
+        e2vpt("dropout 0.1 of both", kv_prompt_dropout=0.1),
         e2vpt("no dropout", prompt_dropout=0.0),
     ),
     "importance": (
