@@ -347,6 +347,19 @@ def test_a_method_that_is_not_there_is_named() -> None:
         methods.choose(methods.METHODS, ["VPT"])
 
 
+@pytest.mark.parametrize("part, trained_on", [("validation", "train"), ("test", "both")])
+def test_accuracy_is_of_what_is_judged_and_training_accuracy_of_what_was_trained_on(
+    part: str, trained_on: str, plan: Any, colours: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = protocol.Trainings(colours, plan)
+    monkeypatch.setattr(protocol, "accuracy", lambda model, images, preprocessing: images)
+    (method,) = methods.choose(methods.METHODS, ["E²VPT"])
+    trial = protocol.Trial(method, part, 0.01, 0.0, 0, None)
+    record = bench.measure(method, part, bench.optimisation(trial), None)
+    assert record["accuracy"] is getattr(bench.splits, part)
+    assert record["training_accuracy"] is getattr(bench.splits, trained_on)
+
+
 # Tables
 
 
@@ -370,6 +383,16 @@ def test_means_of_groups_and_of_tasks() -> None:
     expected = {"natural": 25, "structured": 65, "mean of groups": 45, "mean of tasks": 100 * (1 / 3 + 0.05)}
     assert means == pytest.approx(expected)
     assert all(value.deviation == pytest.approx(100 * 0.1 / math.sqrt(2)) for value in summary.means.values())
+
+
+def test_fit_is_shown_where_all_results_of_a_method_tell() -> None:
+    told = [line("a", "natural", "LoRA", seed, 0.5) | {"training_accuracy": 0.8 + 0.1 * seed} for seed in (0, 1)]
+    untold = [line("a", "natural", "E²VPT", seed, 0.5) for seed in (0, 1)]
+    untold[0]["training_accuracy"] = 0.9
+    shown = tables.markdown(tables.summarise([*told, *untold], ["LoRA", "E²VPT"]), ["a"])
+    assert "| mean of tasks | training images |" in shown
+    assert [line.rsplit("| ", 1)[1] for line in shown.splitlines()[2:4]] == ["85.0 |", " |"]
+    assert "training images" not in tables.markdown(tables.summarise(untold, ["E²VPT"]), ["a"])
 
 
 def test_differences_are_taken_seed_by_seed() -> None:

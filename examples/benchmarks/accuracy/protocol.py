@@ -282,6 +282,7 @@ class Trainings:
             train(model, trained_on, preprocessing, how, progress)
         return {
             "accuracy": accuracy(model, judged_on, preprocessing),
+            "training_accuracy": accuracy(model, trained_on, preprocessing),
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "head": sum(p.numel() for p in head_of(model)),
             "total": total,

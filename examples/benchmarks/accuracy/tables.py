@@ -36,6 +36,7 @@ class Summary:
     """One method: its score on each task, on each group (mean of its tasks), and both means, all seed by seed.
 
     `adapted` and `head` are its trainable parameters, those of the head apart, as means over tasks and seeds.
+    `fit` is its accuracy in percent on the images it was trained on, mean over tasks and seeds, if all results tell.
     `incomplete` tells why it has no means: it lacks these (task, seed).
     """
 
@@ -45,6 +46,7 @@ class Summary:
     adapted: float
     head: float
     incomplete: list[tuple[str, int]]
+    fit: float | None = None
 
 
 def final(records: Iterable[Record]) -> list[Record]:
@@ -88,7 +90,9 @@ def summarise(records: Sequence[Record], methods: Sequence[str]) -> list[Summary
         means = {} if missing else means_of(found, groups, seeds)
         heads = fmean(r["head"] for r in own)
         adapted = fmean(r["trainable"] - r["head"] for r in own)
-        summaries.append(Summary(method, tasks, means, adapted, heads, missing))
+        fits = [r["training_accuracy"] for r in own if "training_accuracy" in r]
+        fit = 100 * fmean(fits) if len(fits) == len(own) else None
+        summaries.append(Summary(method, tasks, means, adapted, heads, missing, fit))
     return summaries
 
 
@@ -128,11 +132,13 @@ def differences(records: Sequence[Record], methods: Sequence[str], reference: st
 def markdown(summaries: Sequence[Summary], tasks: Sequence[str]) -> str:
     """Two tables, a row for each method: means and parameters, then every task."""
     names = list(dict.fromkeys(name for summary in summaries for name in summary.means))
-    overview = [["method", "parameters without head", "with head", *names]]
+    fitted = any(summary.fit is not None for summary in summaries)
+    overview = [["method", "parameters without head", "with head", *names, *["training images"] * fitted]]
     for summary in summaries:
         counts = [f"{summary.adapted:,.0f}", f"{summary.adapted + summary.head:,.0f}"]
         shown = [str(summary.means[name]) if name in summary.means else "not finished" for name in names]
-        overview.append([summary.method, *counts, *shown])
+        fit = "" if summary.fit is None else f"{summary.fit:.1f}"
+        overview.append([summary.method, *counts, *shown, *[fit] * fitted])
     each = [["method", *tasks]]
     for summary in summaries:
         each.append([summary.method, *(str(summary.tasks[t]) if t in summary.tasks else "" for t in tasks)])
