@@ -23,8 +23,8 @@ ABLATIONS: dict[str, tuple[Method, ...]] = {
         e2vpt("pruned, no rewinding", Pruning(rewind=False), TUNED),
         e2vpt("E²VPT, pruned", Pruning(), TUNED),
     ),
-    "visual_prompts": tuple(e2vpt(f"{n} visual prompts", num_visual_prompts=n) for n in (1, 5, 10, 20, 50)),
-    "kv_prompts": (VPT, *(e2vpt(f"{n} key-value prompts", num_kv_prompts=n) for n in (1, 5, 10, 20))),
+    "visual_prompts": tuple(e2vpt(f"{n} visual", num_visual_prompts=n) for n in (1, 5, 10, 20, 50)),
+    "kv_prompts": (VPT, *(e2vpt(f"{n} key-value", num_kv_prompts=n) for n in (1, 5, 10, 20))),
     "sharing": (e2vpt(TUNED), e2vpt("separate K and V", share_kv_prompts=False)),
     "initialisation": (e2vpt(TUNED), e2vpt("truncated normal", init_weights="trunc_normal")),
     "dropout": (
