@@ -25,6 +25,7 @@ ABLATIONS: dict[str, tuple[Method, ...]] = {
     ),
     "visual_prompts": tuple(e2vpt(f"{n} visual", num_visual_prompts=n) for n in (1, 5, 10, 20, 50)),
     "kv_prompts": (VPT, *(e2vpt(f"{n} key-value", num_kv_prompts=n) for n in (1, 5, 10, 20))),
+    "same_size": (VPT, e2vpt("5 visual", num_visual_prompts=5), e2vpt(TUNED)),
     "sharing": (e2vpt(TUNED), e2vpt("separate K and V", share_kv_prompts=False)),
     "initialisation": (e2vpt(TUNED), e2vpt("truncated normal", init_weights="trunc_normal")),
     "dropout": (
