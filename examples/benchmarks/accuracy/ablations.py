@@ -7,34 +7,34 @@ from __future__ import annotations
 
 from e2vpt_peft.importance import SCORING_METHODS
 
-from .methods import METHODS, Method, Pruning, e2vpt
+from .methods import METHODS, Method, Pruning, choose, e2vpt
 
 TUNED = "E²VPT"
-VPT = e2vpt("VPT-Deep", num_kv_prompts=0)
+VPT, E2VPT, PRUNED = choose(METHODS, ["VPT-Deep", TUNED, "E²VPT, pruned"])
 
 ABLATIONS: dict[str, tuple[Method, ...]] = {
     "methods": METHODS,
     "components": (
         VPT,
         e2vpt("key-value prompts", num_visual_prompts=0),
-        e2vpt(TUNED),
+        E2VPT,
         e2vpt("pruned tokens", Pruning(segments=False), TUNED),
         e2vpt("pruned segments", Pruning(tokens=False), TUNED),
         e2vpt("pruned, no rewinding", Pruning(rewind=False), TUNED),
-        e2vpt("E²VPT, pruned", Pruning(), TUNED),
+        PRUNED,
     ),
     "visual_prompts": tuple(e2vpt(f"{n} visual", num_visual_prompts=n) for n in (1, 5, 10, 20, 50)),
     "kv_prompts": (VPT, *(e2vpt(f"{n} key-value", num_kv_prompts=n) for n in (1, 5, 10, 20))),
-    "same_size": (VPT, e2vpt("5 visual", num_visual_prompts=5), e2vpt(TUNED)),
-    "sharing": (e2vpt(TUNED), e2vpt("separate K and V", share_kv_prompts=False)),
-    "initialisation": (e2vpt(TUNED), e2vpt("truncated normal", init_weights="trunc_normal")),
+    "same_size": (VPT, e2vpt("5 visual", num_visual_prompts=5), E2VPT),
+    "sharing": (E2VPT, e2vpt("separate K and V", share_kv_prompts=False)),
+    "initialisation": (E2VPT, e2vpt("truncated normal", init_weights="trunc_normal")),
     "dropout": (
-        e2vpt(TUNED),
+        E2VPT,
         e2vpt("dropout 0.1 of both", kv_prompt_dropout=0.1),
         e2vpt("no dropout", prompt_dropout=0.0),
     ),
     "importance": (
-        e2vpt(TUNED),
+        E2VPT,
         *(e2vpt(f"importance: {name}", Pruning(importance=name), TUNED) for name in SCORING_METHODS),
     ),
 }
