@@ -10,9 +10,9 @@ from torch import nn
 
 from e2vpt_peft import E2VPTConfig, E2VPTLayer
 
-from .models import TINY_MODELS, images, prompt_parameters, tiny_vit
-from .prompted import with_prompts
-from .reference import random_prompts
+from .support.models import TINY_MODELS, images, prompt_parameters, tiny_vit
+from .support.prompted import with_prompts
+from .support.reference import random_prompts
 
 
 def first_layer(model):

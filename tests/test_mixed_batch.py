@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from e2vpt_peft import E2VPTConfig
 from e2vpt_peft.routing import Route, current_route, route_samples
 
-from .models import TINY_MODELS, images, tiny_vit
+from .support.models import TINY_MODELS, images, tiny_vit
 
 DEEP: dict[str, dict[str, Any]] = {
     "flowers": {"num_visual_prompts": 6, "num_kv_prompts": 2},

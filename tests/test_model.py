@@ -10,7 +10,7 @@ from transformers import ViTConfig, ViTModel
 
 from e2vpt_peft import E2VPTConfig, E2VPTLayer
 
-from .models import TINY_MODELS, images, prompt_parameters, tiny_vit
+from .support.models import TINY_MODELS, images, prompt_parameters, tiny_vit
 
 DEPTHS = pytest.mark.parametrize("depth", ["deep", "shallow"])
 

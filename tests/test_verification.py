@@ -7,10 +7,10 @@ from torch import nn
 
 from e2vpt_peft import E2VPTConfig, architectures, check_prefix
 
-from .models import images, tiny_vit
+from .support.models import images, tiny_vit
 from .peft_contract.common import assert_unchanged, snapshot
-from .test_architectures import adapt, inputs, make
-from .zoo import HEADS, ZOO
+from .attention.test_architectures import adapt, inputs, make
+from .support.zoo import HEADS, ZOO
 
 
 @pytest.mark.parametrize("name", [name for name in [*ZOO, *HEADS] if name != "swinv2"])

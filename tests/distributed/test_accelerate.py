@@ -11,7 +11,7 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from ..models import images, tiny_vit
+from ..support.models import images, tiny_vit
 from ..trainer.distributed import search
 from ..trainer.interrupted import Events
 from .on_cpu import CONFIGS, DEEPSPEED, NEEDS_DEEPSPEED, launch

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from ..models import images, tiny_vit
+from ..support.models import images, tiny_vit
 from .sharded import make_model, prune, steps
 
 

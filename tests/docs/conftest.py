@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification, TrainingArguments, ViTImageProcessor
 
-from ..models import tiny_vit
+from ..support.models import tiny_vit
 from .pages import ROOT
 
 BACKBONE = "google/vit-base-patch16-224-in21k"

@@ -15,7 +15,7 @@ from transformers import (
     Wav2Vec2ForSequenceClassification,
 )
 
-from tests.zoo import WAVES
+from tests.support.zoo import WAVES
 
 pytest.importorskip("scipy")
 ROOT = Path(__file__).parents[2]

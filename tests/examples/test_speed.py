@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.models import images, tiny_vit
+from tests.support.models import images, tiny_vit
 
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

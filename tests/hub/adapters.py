@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from ..models import tiny_vit
+from ..support.models import tiny_vit
 from ..peft_contract.common import adapted, logits
 
 

@@ -19,7 +19,7 @@ BACKBONE = "google/vit-base-patch16-224-in21k"
 
 def run_guide(folder: Path) -> int:
     """A tiny ViT takes the backbone's place, and the data are those of the trainer's tests."""
-    from ..models import tiny_vit
+    from ..support.models import tiny_vit
     from ..trainer.toy import TRAIN, VALIDATION, accuracy
 
     tiny_vit(num_labels=5).push_to_hub(BACKBONE, token="hf_google")

@@ -20,7 +20,7 @@ from transformers import Trainer, ViTForImageClassification, ViTImageProcessor
 
 from e2vpt_peft import E2VPTConfig, E2VPTTrainer, ModelCardTrainer, PruningConfig, push_model_card
 
-from ..models import tiny_vit
+from ..support.models import tiny_vit
 from ..trainer.toy import TRAIN, VALIDATION, accuracy, arguments
 from .client import HubClient, environment
 from .server import HubServer

@@ -9,7 +9,7 @@ import torch
 
 from e2vpt_peft import prune_prompts
 
-from ..models import tiny_vit
+from ..support.models import tiny_vit
 from ..peft_contract.common import adapted, logits
 from .adapters import load, push
 from .client import HubClient, RaisedInClient

@@ -10,7 +10,7 @@ from torch import nn
 
 from e2vpt_peft import E2VPTConfig, E2VPTLayer
 
-from ..models import images, tiny_vit
+from ..support.models import images, tiny_vit
 
 DEEP: dict[str, Any] = {}
 SHALLOW = {"visual_prompt_depth": "shallow"}

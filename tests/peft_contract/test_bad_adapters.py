@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from e2vpt_peft import E2VPTConfig, E2VPTLayer
 
-from ..models import tiny_vit
+from ..support.models import tiny_vit
 from .common import adapted, assert_unchanged, logits, small_config, snapshot
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from ..models import images, prompt_parameters, tiny_vit
+from ..support.models import images, prompt_parameters, tiny_vit
 from .common import KINDS, adapted, logits, small_config
 
 HALF = [torch.float16, torch.bfloat16]

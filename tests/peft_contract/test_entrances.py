@@ -19,7 +19,7 @@ from peft import (
 from peft.utils.hotswap import hotswap_adapter
 from transformers import AutoModelForImageClassification
 
-from ..models import prompt_parameters, tiny_vit
+from ..support.models import prompt_parameters, tiny_vit
 from .common import KINDS, adapted, assert_unchanged, layers_of, logits, move_heads, small_config, snapshot
 
 every_kind = pytest.mark.parametrize("kind", list(KINDS.values()), ids=list(KINDS))

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 
 from e2vpt_peft import E2VPTConfig
 
-from ..models import tiny_vit
+from ..support.models import tiny_vit
 from .common import adapted, assert_unchanged, logits, snapshot
 
 EXAMPLES = int(os.environ.get("E2VPT_FUZZ_EXAMPLES", "50"))

@@ -19,7 +19,7 @@ from peft import (
 
 from e2vpt_peft import E2VPTConfig
 
-from ..models import images, prompt_parameters, tiny_vit
+from ..support.models import images, prompt_parameters, tiny_vit
 from .common import KINDS, adapted, assert_unchanged, layers_of, logits, move_heads, small_config, snapshot
 
 PARTS = ["vit", "layers", "0", "attention", "weight", "classifier", "model", "modules_to_save", "e2vpt_kv_prompts"]

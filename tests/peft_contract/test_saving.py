@@ -26,7 +26,7 @@ from transformers import AutoModelForImageClassification
 from e2vpt_peft import E2VPTConfig, E2VPTModel
 from e2vpt_peft.layouts import former_names
 
-from ..models import TINY_MODELS, prompt_parameters, tiny_vit
+from ..support.models import TINY_MODELS, prompt_parameters, tiny_vit
 from .common import KINDS, adapted, assert_unchanged, layers_of, logits, move_heads, small_config, snapshot
 
 every_kind = pytest.mark.parametrize("kind", list(KINDS.values()), ids=list(KINDS))

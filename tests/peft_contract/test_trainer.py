@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from ..models import images, prompt_parameters, tiny_deit, tiny_dinov2, tiny_vit
+from ..support.models import images, prompt_parameters, tiny_deit, tiny_dinov2, tiny_vit
 from .common import DEEP, SHALLOW, adapted, logits, small_config
 
 kinds = pytest.mark.parametrize("kind", [DEEP, SHALLOW], ids=["deep", "shallow"])

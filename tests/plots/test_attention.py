@@ -6,7 +6,7 @@ from peft import get_peft_model
 
 from e2vpt_peft import E2VPTConfig, prune_prompts
 
-from ..models import images, tiny_deit, tiny_vit
+from ..support.models import images, tiny_deit, tiny_vit
 
 pytest.importorskip("matplotlib")
 from e2vpt_peft.plots import plot_attention_on_image, plot_attention_to_prompts

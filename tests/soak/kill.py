@@ -23,7 +23,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from ..models import tiny_vit
+from ..support.models import tiny_vit
 from ..trainer import toy
 from ..trainer.interrupted import Events, start
 

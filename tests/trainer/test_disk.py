@@ -15,7 +15,7 @@ from peft import PeftModel
 
 from e2vpt_peft.trainer.files import SAVING, whole_files, write_atomically
 
-from ..models import tiny_vit
+from ..support.models import tiny_vit
 from .test_trainer import Trainings, same, snapshot
 from .toy import make_trainer, pruning
 

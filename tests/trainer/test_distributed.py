@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from ..models import images, tiny_vit
+from ..support.models import images, tiny_vit
 from .distributed import search
 from .interrupted import Events
 

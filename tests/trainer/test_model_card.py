@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from e2vpt_peft import ModelCardTrainer
 
-from ..models import tiny_vit
+from ..support.models import tiny_vit
 from .toy import TRAIN, VALIDATION, accuracy, adapted, arguments, make_trainer, pruning
 
 PERSONS = "---\nlicense: mit   # as agreed\ntags: [mine]\n---\n\n# Corners\n\nMade by hand.\n"

@@ -15,7 +15,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, set_se
 from e2vpt_peft import E2VPTConfig, prune_prompts, rewind_prompts, score_prompts
 from e2vpt_peft.trainer.snapshot import take_snapshot
 
-from ..models import images, tiny_vit
+from ..support.models import images, tiny_vit
 from .toy import TRAIN, VALIDATION, accuracy, adapted, arguments, make_trainer, pruning
 
 

@@ -12,7 +12,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from e2vpt_peft import E2VPTConfig, E2VPTTrainer, PruningConfig
 
-from ..models import tiny_vit
+from ..support.models import tiny_vit
 
 PROMPTS, SEGMENTS = 4, 4
 

@@ -14,7 +14,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from e2vpt_peft import E2VPTConfig
 
-FOLDER = Path(__file__).parent / "golden"
+FOLDER = Path(__file__).parent
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 LAYERS = 3
 

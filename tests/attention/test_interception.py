@@ -8,9 +8,9 @@ from torch import nn
 
 from e2vpt_peft.interception import ProductsMode
 
-from .models import prompt_parameters
+from ..support.models import prompt_parameters
 from .test_architectures import adapt, adapted_layers, inputs, make
-from .test_verification import Bare
+from ..test_verification import Bare
 
 CONFIG = {"target_modules": ["attn"], "num_segments": 1, "attention_norm": "ln_1"}
 

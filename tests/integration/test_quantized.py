@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig, TorchAoConfig, ViTForImageClassific
 
 from e2vpt_peft import E2VPTConfig
 
-from .models import images, prompt_parameters, tiny_vit
+from ..support.models import images, prompt_parameters, tiny_vit
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 

@@ -8,7 +8,7 @@ from peft import get_peft_model
 
 from e2vpt_peft import E2VPTConfig
 
-from .models import TINY_MODELS, images, prompt_parameters
+from ..support.models import TINY_MODELS, images, prompt_parameters
 
 
 @pytest.mark.parametrize("visual_prompt_depth", ["deep", "shallow"])

@@ -13,9 +13,9 @@ from peft import PeftModel, get_peft_model
 
 from e2vpt_peft import E2VPTConfig
 
-from .models import prompt_parameters
-from .trainer.toy import arguments
-from .zoo import WAVES, WORDS
+from ..support.models import prompt_parameters
+from ..trainer.toy import arguments
+from ..support.zoo import WAVES, WORDS
 
 IGNORED = -100  # the label of padding, which no loss counts
 

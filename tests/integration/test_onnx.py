@@ -11,7 +11,7 @@ from torch import nn
 
 from e2vpt_peft import E2VPTConfig
 
-from .models import TINY_MODELS, images
+from ..support.models import TINY_MODELS, images
 
 REASON = "ONNX export is checked with onnx, onnxscript and onnxruntime, of which one is not installed"
 pytest.importorskip("onnx", reason=REASON)

@@ -12,7 +12,7 @@ import e2vpt_peft
 from e2vpt_peft import E2VPTConfig, E2VPTModel, E2VPTType
 from e2vpt_peft.peft_type import register_with_peft
 
-from .models import images, tiny_vit
+from .support.models import images, tiny_vit
 
 MAPPINGS = (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING)
 

@@ -12,9 +12,9 @@ from torch import nn
 from e2vpt_peft import E2VPTConfig, E2VPTLayer
 from e2vpt_peft.architectures import ARCHITECTURES
 
-from .insertion import inserted
-from .models import SIZES, images, prompt_parameters, randomized, tiny_vit
-from .zoo import HEADS, IMAGE, WORDS, ZOO
+from ..support.insertion import inserted
+from ..support.models import SIZES, images, prompt_parameters, randomized, tiny_vit
+from ..support.zoo import HEADS, IMAGE, WORDS, ZOO
 
 PROMPTS = {"num_visual_prompts": 3, "num_kv_prompts": 2, "num_segments": 4}
 DEPTHS = {"beit segmentation": 4, "modernbert": 4, "dpt": 4, "swin": 3, "swinv2": 3}

@@ -7,7 +7,7 @@ from transformers import Dinov2Backbone, Dinov2Config, ViTConfig, ViTForMaskedIm
 
 from e2vpt_peft import E2VPTConfig, E2VPTLayer
 
-from .models import SIZES, TINY_MODELS, images, prompt_parameters, randomized, tiny_vit
+from ..support.models import SIZES, TINY_MODELS, images, prompt_parameters, randomized, tiny_vit
 
 SHALLOW = {"visual_prompt_depth": "shallow", "num_visual_prompts": 4}
 

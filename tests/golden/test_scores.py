@@ -8,7 +8,7 @@ import torch
 from e2vpt_peft import prune_prompts, score_prompts
 from e2vpt_peft.pruning import select
 
-from .test_golden import golden_model, load
+from .test_forward import golden_model, load
 
 PERCENTS = [10, 20, 30, 40, 50, 60, 70, 80, 90]
 

@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader
 from e2vpt_peft import E2VPTConfig, importance, prune_prompts, score_prompts
 from e2vpt_peft.importance import SCORING_METHODS
 
-from .models import images, tiny_vit
-from .prompted import with_prompts
-from .reference import random_prompts
-from .test_architectures import adapt, inputs, make
+from ..support.models import images, tiny_vit
+from ..support.prompted import with_prompts
+from ..support.reference import random_prompts
+from ..attention.test_architectures import adapt, inputs, make
 
 all_methods = pytest.mark.parametrize("method", SCORING_METHODS)
 LABELS = torch.tensor([0, 1, 2, 3])

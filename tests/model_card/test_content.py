@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification, ViTForImageClassificat
 
 from e2vpt_peft import E2VPTConfig, prune_prompts, write_model_card
 
-from .models import tiny_vit
+from ..support.models import tiny_vit
 
 PERSONS = b"---\r\nlicense: mit   # as agreed\r\ntags: [mine]\r\n---\r\n\r\n# Flowers\r\n\r\nTrained by hand.\r\n"
 

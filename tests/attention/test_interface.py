@@ -12,9 +12,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from e2vpt_peft import E2VPTConfig
 from e2vpt_peft.attention import PREFIX_ATTENTION, extend_mask
 
-from .models import TINY_MODELS, images, tiny_vit
-from .prompted import with_prompts
-from .reference import random_prompts
+from ..support.models import TINY_MODELS, images, tiny_vit
+from ..support.prompted import with_prompts
+from ..support.reference import random_prompts
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from e2vpt_peft import E2VPTConfig
 
-from .models import TINY_MODELS, images, tiny_vit
+from ..support.models import TINY_MODELS, images, tiny_vit
 
 DEPTHS = pytest.mark.parametrize("visual_prompt_depth", ["deep", "shallow"])
 REENTRANT = pytest.mark.parametrize("use_reentrant", [True, False])

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from e2vpt_peft import E2VPTConfig
 from e2vpt_peft.routing import current_route
 
-from .models import TINY_MODELS, images, prompt_parameters
+from ..support.models import TINY_MODELS, images, prompt_parameters
 
 BATCH_SIZES = (2, 3, 5, 1)
 NAMES = ["a", "__base__", "b", "c"]

@@ -7,9 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from .models import TINY_MODELS, images, tiny_vit
-from .prompted import with_prompts
-from .reference import random_prompts, token_insertion
+from ..support.models import TINY_MODELS, images, tiny_vit
+from ..support.prompted import with_prompts
+from ..support.reference import random_prompts, token_insertion
 
 KINDS = {
     "deep": {"tokens": 4, "kv_prompts": 3},

@@ -6,7 +6,7 @@ import torch
 from e2vpt_peft import prune_prompts, score_prompts, score_prompts_by_layer
 from e2vpt_peft.importance import prompted_layers
 
-from .test_importance import LABELS, data, double, prompted
+from .test_scores import LABELS, data, double, prompted
 
 
 def test_every_layer_has_its_scores():

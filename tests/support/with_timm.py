@@ -1,4 +1,4 @@
-"""Tests of timm's models, which tests/test_timm.py runs in a process of their own."""
+"""Tests of timm's models, which tests/attention/test_timm.py runs in a process of their own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from e2vpt_peft import E2VPTConfig, check_prefix
 from e2vpt_peft.interception import ProductsMode
 
 from .models import images, prompt_parameters, randomized
-from .test_architectures import PROMPTS, adapt, adapted_layers
+from ..attention.test_architectures import PROMPTS, adapt, adapted_layers
 
 VITS = {
     "vit_tiny_patch16_224": {"img_size": 32},

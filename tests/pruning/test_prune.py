@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from e2vpt_peft import E2VPTConfig, PromptScores, prune_prompts, rewind_prompts
 
-from .models import images, prompt_parameters, tiny_vit
-from .prompted import with_prompts
-from .reference import random_prompts
+from ..support.models import images, prompt_parameters, tiny_vit
+from ..support.prompted import with_prompts
+from ..support.reference import random_prompts
 
 SEGMENTS = 8
 both_depths = pytest.mark.parametrize("depth", ["deep", "shallow"])
