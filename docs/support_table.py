@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from e2vpt_peft.architectures import ARCHITECTURES, MODALITIES, Architecture
+from e2vpt_peft.attention.architectures import ARCHITECTURES, MODALITIES, Architecture
 
 PAGE = Path(__file__).parent / "architectures.md"
 START, END = "<!-- made by docs/support_table.py -->", "<!-- end -->"
@@ -21,7 +21,7 @@ def norm_of(architecture: Architecture) -> str:
 
 def shallow_of(architecture: Architecture) -> str:
     """Where shallow prompts go, in words."""
-    if architecture.special_tokens is None:
+    if not architecture.takes_tokens:
         return "no"
     count = str(architecture.special_tokens)
     if architecture.more_special_tokens:

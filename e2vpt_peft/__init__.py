@@ -5,12 +5,18 @@ Importing this package registers the method with PEFT: `get_peft_model`, `PeftMo
 """
 
 from .config import E2VPTConfig
-from .importance import PromptScores, score_prompts, score_prompts_by_layer
 from .layer import E2VPTLayer
 from .model import E2VPTModel
 from .model_card import CardDetails, push_model_card, write_model_card
-from .peft_type import E2VPTType, register_with_peft
-from .pruning import PruningSummary, prune_prompts, rewind_prompts
+from .pruning import (
+    PromptScores,
+    PruningSummary,
+    prune_prompts,
+    rewind_prompts,
+    score_prompts,
+    score_prompts_by_layer,
+)
+from .registration import E2VPTType, register_with_peft
 from .trainer import E2VPTTrainer, ModelCardTrainer, PruningArguments, PruningConfig
 from .verification import check_prefix
 from .version import __version__

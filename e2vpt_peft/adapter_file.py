@@ -9,27 +9,57 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from .masks import segment_mask, token_mask
+from .prompt_shapes import KV_PROMPTS, PREFIX, VISUAL_PROMPTS
 
-if TYPE_CHECKING:
-    from .config import E2VPTConfig
-
-PROMPTS = "e2vpt_"
-"""What the names of prompts begin with, behind the name of their layer."""
 INSIDE_WRAPPERS = {"base_layer", "original_module", "modules_to_save"}
 """In a model, PEFT's wrappers have these in the names of weights; a saved adapter has none of them."""
+NOT_DOWNLOADED = (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError)
+"""The Hub's ways of saying that there is no such file. All other errors, a full disk among them, are the user's to
+see."""
 NOTHING_LOADED = "Nothing has been loaded."
 
 
+FIELDS = {
+    VISUAL_PROMPTS: "num_visual_prompts, token_mask, segment_mask",
+    KV_PROMPTS: "num_kv_prompts, share_kv_prompts",
+}
+"""The fields of the configuration that the shapes of prompts follow from."""
+
+
+class ExpectedWeights(NamedTuple):
+    """What the file of an adapter has to hold, by its configuration.
+
+    Attributes:
+        shapes (`Sequence[Mapping[str, tuple[int, ...]]]`):
+            Those of [`~e2vpt_peft.prompt_shapes.prompt_shapes`], for each size of attention that the backbone has; 0
+            stands for any size.
+        num_layers (`int`, *optional*): The number of layers of the backbone, if it is known.
+        modules_to_save (`Sequence[str]`): The adapter's.
+    """
+
+    shapes: Sequence[Mapping[str, tuple[int, ...]]]
+    num_layers: Optional[int]
+    modules_to_save: Sequence[str]
+
+
 def check_adapter_file(
-    config: E2VPTConfig, folder: str, subfolder: Optional[str] = None, download: Optional[Mapping[str, Any]] = None
+    expected: ExpectedWeights,
+    folder: str,
+    subfolder: Optional[str] = None,
+    download: Optional[Mapping[str, Any]] = None,
 ) -> None:
     """Refuse weights that are pickled, damaged, of something else, not finite, or not what the configuration says.
 
@@ -37,8 +67,8 @@ def check_adapter_file(
     Without any weights there is nothing to check: what is missing, PEFT says when it wants them.
 
     Args:
-        config ([`E2VPTConfig`]): The configuration that was saved with the weights.
-        folder (`str`): The folder, or the repository on the Hub, that it was read from.
+        expected ([`ExpectedWeights`]): What the configuration that was saved with the weights says of them.
+        folder (`str`): The folder, or the repository on the Hub, that both are in.
         subfolder (`str`, *optional*): The subfolder of that.
         download (`Mapping[str, Any]`, *optional*): Arguments of `hf_hub_download`.
 
@@ -53,7 +83,7 @@ def check_adapter_file(
         file = _downloaded(folder, SAFETENSORS_WEIGHTS_NAME, subfolder, download)
         pickled = file or _downloaded(folder, WEIGHTS_NAME, subfolder, download)
     if file is not None:
-        _check(config, file)
+        _check(expected, file)
     elif pickled is not None:
         raise ValueError(
             f"{pickled} is a pickle, which can hide code, and no pickle is loaded. Save the adapter as safetensors, "
@@ -68,23 +98,23 @@ def _existing(path: str) -> Optional[Path]:
 
 
 def _downloaded(repository: str, name: str, subfolder: Optional[str], download: Any) -> Optional[Path]:
-    """The file, which PEFT finds in the cache later, or `None`: PEFT says then what is wrong."""
+    """The file, which PEFT finds in the cache later, or `None` if there is none: PEFT says then what is wrong."""
     try:
         return Path(hf_hub_download(repository, name, subfolder=subfolder, **(download or {})))
-    except Exception:
+    except NOT_DOWNLOADED:
         return None
 
 
-def _check(config: E2VPTConfig, path: Path) -> None:
+def _check(expected: ExpectedWeights, path: Path) -> None:
     if not path.is_file():  # neither a folder nor a device that never ends
         raise ValueError(f"{path} is no file, but should hold the weights of the adapter. {NOTHING_LOADED}")
     try:
         with safe_open(path, framework="pt") as file:
             header = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (no dictionary)
-            check_names(list(header), config.modules_to_save, str(path))
-            _check_layers(config, path, header)
+            check_names(list(header), expected.modules_to_save, str(path))
+            _check_number_of_layers(expected.num_layers, path, header)
             for name, part in header.items():
-                _check_shape(config, path, name, part.get_shape(), part.get_dtype())
+                _check_shape(expected.shapes, path, name, part.get_shape(), part.get_dtype())
             for name in header:
                 if is_prompt(name):
                     check_finite(name, file.get_tensor(name), str(path))
@@ -96,7 +126,7 @@ def _check(config: E2VPTConfig, path: Path) -> None:
 
 def is_prompt(name: str) -> bool:
     """Whether a tensor of that name in a saved adapter holds prompts."""
-    return name.rpartition(".")[2].startswith(PROMPTS)
+    return name.rpartition(".")[2].startswith(PREFIX)
 
 
 def check_names(names: Sequence[str], modules_to_save: Optional[Sequence[str]], where: str) -> None:
@@ -142,9 +172,8 @@ def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
         )
 
 
-def _check_layers(config: E2VPTConfig, path: Path, names: Iterable[str]) -> None:
+def _check_number_of_layers(number: Optional[int], path: Path, names: Iterable[str]) -> None:
     layers = {name.rpartition(".")[0] for name in names if is_prompt(name)}
-    number = (config.backbone or {}).get("num_layers")
     if number is not None and len(layers) > number:
         raise ValueError(
             f"{path} has prompts for {len(layers)} layers, but the adapter was made for a backbone with {number}: "
@@ -153,15 +182,13 @@ def _check_layers(config: E2VPTConfig, path: Path, names: Iterable[str]) -> None
         )
 
 
-def _check_shape(config: E2VPTConfig, path: Path, name: str, shape: list[int], dtype: str) -> None:
+def _check_shape(
+    shapes: Sequence[Mapping[str, tuple[int, ...]]], path: Path, name: str, shape: list[int], dtype: str
+) -> None:
     kind = name.rpartition(".")[2]
-    allowed, fields = None, ""
-    if kind == "e2vpt_visual_prompts":
-        allowed, fields = _visual_shapes(config), "num_visual_prompts, token_mask, segment_mask"
-    elif kind == "e2vpt_kv_prompts":
-        allowed, fields = _kv_shapes(config), "num_kv_prompts, share_kv_prompts"
-    else:
+    if kind not in FIELDS:
         return
+    allowed = list(dict.fromkeys(one[kind] for one in shapes if kind in one))
     if not dtype.startswith(("F", "BF")):
         raise ValueError(f"{path}: '{name}' has type {dtype}, but prompts are floating-point. {NOTHING_LOADED}")
     fits = any(
@@ -171,37 +198,10 @@ def _check_shape(config: E2VPTConfig, path: Path, name: str, shape: list[int], d
     if not fits:
         words = " or ".join("(" + ", ".join(str(size or "any") for size in one) + ")" for one in allowed) or "none"
         raise ValueError(
-            f"{path}: '{name}' has shape {tuple(shape)}, but by the configuration ({fields}) it should be {words}. "
-            "The two files do not belong together, or one of them was changed: get the adapter anew. "
+            f"{path}: '{name}' has shape {tuple(shape)}, but by the configuration ({FIELDS[kind]}) it should be "
+            f"{words}. The two files do not belong together, or one of them was changed: get the adapter anew. "
             f"{NOTHING_LOADED}"
         )
-
-
-def _visual_shapes(config: E2VPTConfig) -> list[tuple[int, ...]]:
-    """What visual prompts may be like, for each hidden size of the backbone; 0 stands for any size."""
-    if not config.num_visual_prompts:
-        return []
-    kept = segment_mask(config)[token_mask(config)]
-    if kept.all():
-        return [(len(kept), size) for size in _sizes(config, "hidden_size")]
-    return [(int(kept.sum()) * size // config.num_segments,) for size in _sizes(config, "hidden_size")]
-
-
-def _kv_shapes(config: E2VPTConfig) -> list[tuple[int, ...]]:
-    if not config.num_kv_prompts:
-        return []
-    shapes: list[tuple[int, ...]] = [
-        (heads, config.num_kv_prompts, head_size)
-        for heads in _sizes(config, "num_heads")
-        for head_size in _sizes(config, "head_size")
-    ]
-    return shapes if config.share_kv_prompts else [(2, *shape) for shape in shapes]
-
-
-def _sizes(config: E2VPTConfig, name: str) -> list[int]:
-    """The sizes of the backbone, where they are known."""
-    size = (config.backbone or {}).get(name, 0)
-    return sorted(set(size)) if isinstance(size, list) else [size]
 
 
 def _some(names: Sequence[str], limit: int = 3) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import reprlib
 from dataclasses import dataclass, field, fields
+from itertools import product
 from typing import Any, Literal, Optional, Union
 
 from peft import PeftConfig
 
-from .adapter_file import NOTHING_LOADED, check_adapter_file
-from .peft_type import E2VPTType
+from .adapter_file import NOTHING_LOADED, ExpectedWeights, check_adapter_file
+from .masks import PromptMasks
+from .prompt_shapes import AttentionSizes, prompt_shapes
+from .registration import E2VPTType
+from .utils.fields import check_choice, check_integer, check_module_names, check_probability, check_type
 from .version import __version__
 
 MAX_PROMPTS = 10_000
@@ -37,12 +40,13 @@ class E2VPTConfig(PeftConfig):
             the paper). `0` for visual prompts alone, which makes the method VPT.
         share_kv_prompts (`bool`, defaults to `True`):
             Use one tensor as key and as value prompts, as the paper does. `False` learns two.
-        init_weights (`"kaiming_uniform"` or `"trunc_normal"`, defaults to `"kaiming_uniform"`):
+        init_weights (`bool` or `"kaiming_uniform"` or `"trunc_normal"`, defaults to `"kaiming_uniform"`):
             How prompts are initialised, in one of the two ways that the paper compares. `"kaiming_uniform"`, its
             choice: visual prompts uniform in ±sqrt(6 / (3 p² + D)), with p the patch size and D the hidden size (as in
             VPT), key-value prompts uniform in ±sqrt(6 / (n d)), with n their number and d the head size.
             `"trunc_normal"`: all of them normal with standard deviation 0.02, cut off at two deviations, as the tokens
-            of a ViT.
+            of a ViT. `True`, as in other PEFT configs, is the default; so is `False`, which elsewhere means that the
+            start is not neutral: that of prompts never is.
         prompt_dropout (`float`, defaults to `0.1`):
             Dropout probability on visual prompts, drawn per sample, in training only.
         kv_prompt_dropout (`float`, defaults to `0.0`):
@@ -107,9 +111,14 @@ class E2VPTConfig(PeftConfig):
     share_kv_prompts: bool = field(
         default=True, metadata={"help": "Whether one tensor serves as key and as value prompts."}
     )
-    init_weights: Literal["kaiming_uniform", "trunc_normal"] = field(
+    init_weights: Union[bool, Literal["kaiming_uniform", "trunc_normal"]] = field(
         default="kaiming_uniform",
-        metadata={"help": "How prompts are initialised: 'kaiming_uniform', as in the paper, or 'trunc_normal'."},
+        metadata={
+            "help": (
+                "How prompts are initialised: 'kaiming_uniform', as in the paper and for True or False, or "
+                "'trunc_normal'."
+            )
+        },
     )
     prompt_dropout: float = field(
         default=0.1, metadata={"help": "Dropout probability on visual prompts, drawn per sample, in training only."}
@@ -205,23 +214,22 @@ class E2VPTConfig(PeftConfig):
             raise ValueError(
                 "num_visual_prompts=0 and num_kv_prompts=0 leave nothing to train: at least one must be 1 or more."
             )
-        if self.visual_prompt_depth not in ("deep", "shallow"):
-            raise ValueError(f"visual_prompt_depth={self.visual_prompt_depth!r} must be 'deep' or 'shallow'.")
-        _check_type("share_kv_prompts", self.share_kv_prompts, bool, "True or False")
-        if self.init_weights not in ("kaiming_uniform", "trunc_normal"):
-            raise ValueError(f"init_weights={self.init_weights!r} must be 'kaiming_uniform' or 'trunc_normal'.")
+        check_choice("visual_prompt_depth", self.visual_prompt_depth, ("deep", "shallow"))
+        check_type("share_kv_prompts", self.share_kv_prompts, bool, "True or False")
+        if not isinstance(self.init_weights, bool):
+            check_choice("init_weights", self.init_weights, ("kaiming_uniform", "trunc_normal"))
         for name in ("prompt_dropout", "kv_prompt_dropout"):
-            _check_probability(name, getattr(self, name))
+            check_probability(name, getattr(self, name))
         check_integer("num_segments", self.num_segments, at_least=1)
         if self.num_special_tokens is not None:
             check_integer("num_special_tokens", self.num_special_tokens, at_least=0)
-        _check_type("attention_norm", self.attention_norm, str, "the name of a module", optional=True)
-        _check_names("target_modules", self.target_modules, or_pattern=True)
-        _check_names("exclude_modules", self.exclude_modules, or_pattern=True)
-        _check_names("layers_pattern", self.layers_pattern, or_pattern=True)
-        _check_names("modules_to_save", self.modules_to_save)
-        _check_layers(self.layers_to_transform)
-        _check_backbone(self.backbone)
+        check_type("attention_norm", self.attention_norm, str, "the name of a module", optional=True)
+        check_module_names("target_modules", self.target_modules, or_pattern=True)
+        check_module_names("exclude_modules", self.exclude_modules, or_pattern=True)
+        check_module_names("layers_pattern", self.layers_pattern, or_pattern=True)
+        check_module_names("modules_to_save", self.modules_to_save)
+        _check_layer_indices(self.layers_to_transform)
+        _check_backbone_sizes(self.backbone)
         if self.token_mask is not None:
             _check_mask("token_mask", self.token_mask, [self.num_visual_prompts])
         if self.segment_mask is not None:
@@ -243,9 +251,24 @@ class E2VPTConfig(PeftConfig):
     def _check_inherited(self) -> None:
         """The fields of every PEFT method, which PEFT does not check."""
         for name in ("base_model_name_or_path", "revision", "peft_version"):
-            _check_type(name, getattr(self, name), str, "a string", optional=True)
-        _check_type("inference_mode", self.inference_mode, bool, "True or False")
-        _check_type("auto_mapping", self.auto_mapping, dict, "a dictionary", optional=True)
+            check_type(name, getattr(self, name), str, "a string", optional=True)
+        check_type("inference_mode", self.inference_mode, bool, "True or False")
+        check_type("auto_mapping", self.auto_mapping, dict, "a dictionary", optional=True)
+
+    def _expected_weights(self) -> ExpectedWeights:
+        """What the file beside this configuration has to hold; any size where the backbone's is not known."""
+        backbone = self.backbone or {}
+
+        def sizes(name: str) -> list[int]:
+            size = backbone.get(name, 0)
+            return sorted(set(size)) if isinstance(size, list) else [size]
+
+        masks = PromptMasks.of(self)
+        shapes = [
+            prompt_shapes(self, AttentionSizes(*each), masks)
+            for each in product(sizes("hidden_size"), sizes("num_heads"), sizes("head_size"))
+        ]
+        return ExpectedWeights(shapes, backbone.get("num_layers"), list(self.modules_to_save or []))
 
     @classmethod
     def from_pretrained(
@@ -269,7 +292,7 @@ class E2VPTConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, E2VPTConfig):
             download, _, _ = cls._split_kwargs(kwargs)
-            check_adapter_file(config, pretrained_model_name_or_path, subfolder, download)
+            check_adapter_file(config._expected_weights(), pretrained_model_name_or_path, subfolder, download)
         return config
 
     @classmethod
@@ -289,48 +312,14 @@ class E2VPTConfig(PeftConfig):
         return kwargs
 
 
-def check_integer(name: str, value: Any, at_least: int) -> None:
-    """Refuse what is no integer of at least that size, with the name of the field."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} must be an integer, {at_least} or more.")
-    if value < at_least:
-        raise ValueError(f"{name}={value!r} must be {at_least} or more.")
-
-
-def _check_probability(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} must be a number in [0, 1).")
-    if not 0 <= value < 1:
-        raise ValueError(f"{name}={value!r} must be in [0, 1): 0 for no dropout, below 1 so that something is left.")
-
-
-def _check_type(name: str, value: Any, kind: type, words: str, optional: bool = False) -> None:
-    if not (isinstance(value, kind) or (optional and value is None)):
-        raise TypeError(f"{name}={value!r} must be {words}{' or None' if optional else ''}.")
-
-
-def _check_names(name: str, value: Any, or_pattern: bool = False) -> None:
-    """A collection of names of modules, or in some fields a regular expression."""
-    if value is None:
-        return
-    if isinstance(value, str) and or_pattern:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"{name}={value!r} is no regular expression: {error}.") from None
-    elif not isinstance(value, (list, tuple, set)) or not all(isinstance(one, str) and one for one in value):
-        pattern = ", or a regular expression" if or_pattern else ""
-        raise TypeError(f"{name}={value!r} must be a list of names{pattern}, or None.")
-
-
-def _check_layers(value: Any) -> None:
+def _check_layer_indices(value: Any) -> None:
     indices = value if isinstance(value, (list, tuple, range)) else [] if value is None else [value]
     if not all(isinstance(index, int) and not isinstance(index, bool) for index in indices):
         raise TypeError(f"layers_to_transform={value!r} must be an integer, a list of integers, or None.")
 
 
-def _check_backbone(value: Any) -> None:
-    _check_type("backbone", value, dict, "a dictionary", optional=True)
+def _check_backbone_sizes(value: Any) -> None:
+    check_type("backbone", value, dict, "a dictionary", optional=True)
     for name in ("num_layers", "hidden_size", "num_heads", "head_size"):
         size = (value or {}).get(name, 1)
         for one in size if isinstance(size, list) and size else [size]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn, Optional
+from typing import Any, NoReturn, Optional
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +11,14 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .architectures import AttentionSite
-from .attention import Prefix, PrefixedConfig
+from .attention.prefix import Prefix, WayIn
+from .attention.site import AttentionSite
 from .config import E2VPTConfig
-from .heads import RoutedModulesToSave
-from .masks import kept_components, token_mask
-from .routing import current_route, route_samples
-
-if TYPE_CHECKING:
-    from .shallow import TokenInsertion
+from .masks import PromptMasks
+from .mixed_batch import RoutedModulesToSave
+from .prompt_shapes import KV_PROMPTS, VISUAL_PROMPTS, prompt_shapes
+from .route import Route
+from .running_pass import running, running_pass
 
 CANNOT_MERGE = (
     "E2VPT adapters cannot be merged: prompts are extra keys and values in the attention, to which no change of the "
@@ -30,6 +28,8 @@ CANNOT_MERGE = (
 TRUNC_NORMAL_STD = 0.02
 """Of `init_weights="trunc_normal"`: what transformers and timm initialise the tokens of a ViT with."""
 
+KeysAndValues = tuple[torch.Tensor, torch.Tensor]
+
 
 class E2VPTLayer(nn.Module, BaseTunerLayer):
     """A self-attention module with the prompts of every adapter.
@@ -37,7 +37,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
     Deep visual prompts `P` of layer `l` are thrown away behind it, so that all they do is to be attended to. With the
     norm in front of the attention and its projections, they are exactly the prefix `[k(norm(P)) ; K]`, `[v(norm(P)) ;
     V]`, and key-value prompts are the same thing without norm and projection (equations 3 and 5 of the paper). Both
-    are computed here and joined to the sequence's own keys and values by [`~e2vpt_peft.attention.prefix_attention`].
+    are computed here; how they reach the attention is the business of [`~e2vpt_peft.attention`].
 
     With `output_attentions=True` (eager attention), the columns of an attention map are, in this order: for every
     active adapter its deep visual prompts, then its key-value prompts; after those the tokens of the sequence.
@@ -45,18 +45,16 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
 
     Args:
         base_layer (`nn.Module`): The self-attention module.
-        site ([`~e2vpt_peft.architectures.AttentionSite`]): What is known about it.
+        site ([`~e2vpt_peft.attention.site.AttentionSite`]): What is known about it.
     """
 
-    adapter_layer_names = ("e2vpt_visual_prompts", "e2vpt_kv_prompts")
+    adapter_layer_names = (VISUAL_PROMPTS, KV_PROMPTS)
     other_param_names = ("adapter_configs", "has_visual_prompts", "kept_components", "initial_prompts")
 
     def __init__(self, base_layer: nn.Module, site: AttentionSite) -> None:
         super().__init__()
         self.base_layer = base_layer
-        # In a tuple, to keep the norm's owner, which is an ancestor, out of the module tree. The norm itself is
-        # looked up at every call, because it may be wrapped later, for example by `modules_to_save`.
-        self._site = (site,)
+        self.site = site
         self.e2vpt_visual_prompts = nn.ParameterDict()
         self.e2vpt_kv_prompts = nn.ParameterDict()
         self.adapter_configs: dict[str, E2VPTConfig] = {}
@@ -65,29 +63,32 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         self.kept_components = BufferDict(persistent=False)
         # What `rewind_prompts` goes back to: plain tensors on the CPU, which no state dict and no file has.
         self.initial_prompts: dict[str, dict[str, torch.Tensor]] = {}
-        self.prefix_hook: Optional[Callable[[Prefix, int], Prefix]] = None
-        """If set, is given every prefix, and the batch size, and returns the one to use; for scores, which need its
-        gradients."""
-        self.token_bias: Optional[torch.Tensor] = None
-        """If set, is added to the attention that shallow visual prompts are paid, (number of prompts,); for scores."""
-        self.token_insertion: Optional[TokenInsertion] = None
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.training = base_layer.training
-        if site.eager_attention is not None:
-            self.config: Any = base_layer.config
-            base_layer.config = PrefixedConfig(self.config, self)  # type: ignore[assignment]
+        self.ways_in: list[WayIn] = []
+        self.attach(site.way_in)
+
+    def attach(self, way_in: WayIn) -> None:
+        """Let prompts in by one more way."""
+        way_in.attach(self.base_layer, self)
+        self.ways_in.append(way_in)
+
+    def detach(self) -> None:
+        """Close all ways, so that the attention is as it was."""
+        while self.ways_in:
+            self.ways_in.pop().detach(self.base_layer)
 
     @property
-    def site(self) -> AttentionSite:
-        return self._site[0]
+    def config(self) -> Any:
+        """The attention's own config, for attention implementations, which take this wrapper for the attention."""
+        return self.site.config
 
     @property
-    def attention_norm(self) -> Any:
-        """The norm in front of the attention, as it is now; one that does nothing if there is none."""
-        site = self.site
-        return getattr(site.norm_owner, site.norm_name) if site.norm_owner is not None else nn.Identity()
+    def implementation(self) -> str:
+        """The attention implementation that the model is set to, as transformers names it."""
+        return self.site.way_in.implementation(self.config)
 
     def update_layer(self, adapter_name: str, config: E2VPTConfig, has_visual_prompts: bool) -> None:
         """Add the prompts of an adapter, with initial values.
@@ -107,13 +108,13 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
     def draw_initial_prompts(self, adapter_name: str) -> None:
         """Draw new initial values for the prompts of an adapter, pruned ones included; see `init_weights`."""
         site, config = self.site, self.adapter_configs[adapter_name]
+        shapes = prompt_shapes(config, site)
         initial = self.initial_prompts[adapter_name] = {}
         if self.has_visual_prompts[adapter_name]:
-            visual = torch.empty(config.num_visual_prompts, site.hidden_size)
+            visual = torch.empty(shapes[VISUAL_PROMPTS])
             initial["visual"] = _draw(visual, site.patch_fan_in + site.hidden_size, config)
         if config.num_kv_prompts:
-            shape = (site.num_heads, config.num_kv_prompts, site.head_size)
-            kv = torch.empty(shape if config.share_kv_prompts else (2, *shape))
+            kv = torch.empty(shapes[KV_PROMPTS])
             initial["kv"] = _draw(kv, config.num_kv_prompts * site.head_size, config)
 
     def rewind(self, adapter_name: str) -> None:
@@ -136,24 +137,32 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         if not untrained:
             current = {"kv": self.e2vpt_kv_prompts[adapter_name].detach()} if "kv" in initial else {}
             if "visual" in initial:
-                current["visual"] = self.visual_prompts(adapter_name)
+                current["visual"] = self.full_prompts(adapter_name)
             untrained = all(
                 torch.equal(current[kind].cpu(), initial[kind].to(current[kind].dtype)) for kind in initial
             )
         if untrained:
             self.initial_prompts.pop(adapter_name, None)
 
-    def visual_prompts(self, adapter_name: str) -> Optional[torch.Tensor]:
-        """The values of visual prompts, (number before pruning, hidden size), with zeros where they are pruned.
-
-        `None` if the adapter has none in this layer.
-        """
-        if not self.has_visual_prompts[adapter_name]:
-            return None
-        kept = self.dense_visual_prompts(adapter_name).detach()
-        prompts = kept.new_zeros(self.adapter_configs[adapter_name].num_visual_prompts, self.site.hidden_size)
-        prompts[token_mask(self.adapter_configs[adapter_name]).to(kept.device)] = kept
+    def full_prompts(self, adapter_name: str) -> torch.Tensor:
+        """The values of visual prompts, (number before pruning, hidden size), with zeros where they are pruned."""
+        config = self.adapter_configs[adapter_name]
+        kept = self.kept_prompts(adapter_name).detach()
+        prompts = kept.new_zeros(prompt_shapes(config, self.site)[VISUAL_PROMPTS])
+        prompts[PromptMasks.of(config).tokens.to(kept.device)] = kept
         return prompts
+
+    def kept_prompts(self, adapter_name: str) -> torch.Tensor:
+        """The visual prompts that are not pruned, (number, hidden size), with zeros in pruned segments."""
+        others = running_pass().visual_prompts
+        if others is not None:
+            return others[self]
+        prompts = self.e2vpt_visual_prompts[adapter_name]
+        if adapter_name not in self.kept_components:
+            return prompts
+        size = self._num_kept(adapter_name) * self.site.hidden_size
+        dense = prompts.new_zeros(size).index_copy(0, self.kept_components[adapter_name], prompts)
+        return dense.unflatten(0, (-1, self.site.hidden_size))
 
     def set_visual_prompts(self, adapter_name: str, prompts: torch.Tensor) -> None:
         """Give visual prompts, as far as the masks in the adapter's config keep them, new values.
@@ -162,11 +171,11 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
 
         Args:
             adapter_name (`str`): The adapter.
-            prompts (`torch.Tensor`): Values as [`visual_prompts`] returns them.
+            prompts (`torch.Tensor`): Values as [`full_prompts`] returns them.
         """
-        config = self.adapter_configs[adapter_name]
-        values = prompts[token_mask(config).to(prompts.device)]
-        components = kept_components(config, self.site.hidden_size)
+        masks = PromptMasks.of(self.adapter_configs[adapter_name])
+        values = prompts[masks.tokens.to(prompts.device)]
+        components = masks.components(self.site.hidden_size)
         if components is not None:
             values = values.flatten()[components.to(values.device)]
         _set_parameter(self.e2vpt_visual_prompts, adapter_name, values)
@@ -179,7 +188,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
     @property
     def has_prefix(self) -> bool:
         """Whether the running forward pass needs a prefix in this layer."""
-        return not self.disable_adapters and any(map(self._in_prefix, self._running_adapters()))
+        return not self.disable_adapters and any(map(self._is_in_prefix, self._running_adapters()))
 
     def prefix(self, batch_size: int, dtype: torch.dtype) -> Prefix:
         """The prefix of the running forward pass: for each adapter its deep visual prompts, then its key-value
@@ -191,7 +200,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             dtype (`torch.dtype`): The type to compute in, for models without a norm in front of the attention.
         """
         adapters = self._running_adapters()
-        samples = self._samples(batch_size)
+        samples = self._prompt_samples(batch_size)
         deep = [name for name in adapters if name in self.e2vpt_visual_prompts and not self._is_shallow(name)]
         projected = self._project({name: self._visual_prompts(name, samples) for name in deep}, dtype)
         keys, values = [], []
@@ -202,86 +211,79 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             dtype = rows[0][0].dtype
             keys.append(_cat([row[0].to(dtype) for row in rows]))
             values.append(_cat([row[1].to(dtype) for row in rows]))
-        route = current_route()
-        if route is None:
+        current = running_pass()
+        if current.route is None:
             prefix = Prefix(_cat(keys), _cat(values))
-            return prefix if self.prefix_hook is None else self.prefix_hook(prefix, batch_size)
-        visible = route.visible([part.shape[1] for part in keys], batch_size, keys[0].device)
+            return prefix if current.edit_prefix is None else current.edit_prefix(self, prefix, batch_size)
+        route, lengths = current.route, [part.shape[1] for part in keys]
+        visible = route.visible(lengths, batch_size, keys[0].device)
         return Prefix(route.gather(keys, batch_size), route.gather(values, batch_size), visible)
 
-    def num_tokens(self) -> int:
+    def num_inserted_tokens(self) -> int:
         """The number of shallow visual prompts that the running forward pass inserts in front of this layer."""
-        counts = self._token_counts()
+        counts = self._inserted_counts()
         if self.disable_adapters or not any(counts):
             return 0
-        return sum(counts) if current_route() is None else max(counts)
+        return sum(counts) if running_pass().route is None else max(counts)
 
-    def tokens(self, batch_size: int) -> torch.Tensor:
-        """Shallow visual prompts of the running forward pass, (batch size or 1, [`num_tokens`], hidden size)."""
-        samples = self._samples(batch_size)
+    def inserted_tokens(self, batch_size: int) -> torch.Tensor:
+        """Shallow visual prompts of the running forward pass, (batch size or 1, number, hidden size)."""
+        samples = self._prompt_samples(batch_size)
         adapters = self._running_adapters()
-        prompts = {name: self._visual_prompts(name, samples) for name in adapters if self._inserts_tokens(name)}
-        route = current_route()
+        prompts = {name: self._visual_prompts(name, samples) for name in adapters if self._is_inserted(name)}
+        route = running_pass().route
         if route is None:
             return torch.cat(list(prompts.values()), 1)
         nothing = next(iter(prompts.values()))[:, :0]
         return route.gather([prompts.get(name, nothing) for name in adapters], batch_size)
 
-    def visible_tokens(self, batch_size: int) -> Optional[torch.Tensor]:
-        """Which of [`tokens`] each sample may see, (batch size, [`num_tokens`]), or `None` if all."""
-        route = current_route()
-        if route is None:
-            return None if self.token_bias is None else self.token_bias.expand(batch_size, -1)
+    def inserted_visibility(self, batch_size: int) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
+        """Which of [`inserted_tokens`] each sample may see, and what is added to their attention scores, both (batch
+        size, number), or `None` for all and for nothing."""
+        current = running_pass()
+        if current.route is None:
+            return None, None if current.token_bias is None else current.token_bias.expand(batch_size, -1)
         device, _ = self._get_base_layer_device_and_dtype(self.base_layer)
-        return route.visible(self._token_counts(), batch_size, device)
+        return current.route.visible(self._inserted_counts(), batch_size, device), None
 
-    def _token_counts(self) -> list[int]:
+    def _inserted_counts(self) -> list[int]:
         adapters = self._running_adapters()
-        return [self._num_visual_prompts(name) if self._inserts_tokens(name) else 0 for name in adapters]
+        return [self._num_kept(name) if self._is_inserted(name) else 0 for name in adapters]
 
     def _running_adapters(self) -> list[str]:
-        route = current_route()
+        route = running_pass().route
         return self.active_adapters if route is None else route.adapters
 
     def _is_shallow(self, adapter_name: str) -> bool:
         return self.adapter_configs[adapter_name].visual_prompt_depth == "shallow"
 
-    def _inserts_tokens(self, adapter_name: str) -> bool:
+    def _is_inserted(self, adapter_name: str) -> bool:
         return adapter_name in self.e2vpt_visual_prompts and self._is_shallow(adapter_name)
 
-    def _in_prefix(self, adapter_name: str) -> bool:
+    def _is_in_prefix(self, adapter_name: str) -> bool:
         is_deep = adapter_name in self.e2vpt_visual_prompts and not self._is_shallow(adapter_name)
         return is_deep or adapter_name in self.e2vpt_kv_prompts
 
-    def _samples(self, batch_size: int) -> int:
+    def _prompt_samples(self, batch_size: int) -> int:
         """The batch dimension of the prompts: 1 unless dropout makes them differ from sample to sample."""
         configs = [self.adapter_configs[name] for name in self._running_adapters() if name in self.adapter_configs]
         drops = any(config.prompt_dropout or config.kv_prompt_dropout for config in configs)
         return batch_size if self.training and drops else 1
 
-    def _visual_prompts(self, adapter_name: str, samples: int) -> torch.Tensor:
-        """(samples, number of prompts, hidden size)"""
-        prompts = self.dense_visual_prompts(adapter_name).expand(samples, -1, -1)
-        return self._drop(prompts, self.adapter_configs[adapter_name].prompt_dropout)
-
-    def dense_visual_prompts(self, adapter_name: str) -> torch.Tensor:
-        """The visual prompts that are not pruned, (number, hidden size), with zeros in pruned segments."""
-        prompts = self.e2vpt_visual_prompts[adapter_name]
-        if prompts.dim() == 2:
-            return prompts
-        size = self._num_visual_prompts(adapter_name) * self.site.hidden_size
-        dense = prompts.new_zeros(size).index_copy(0, self.kept_components[adapter_name], prompts)
-        return dense.unflatten(0, (-1, self.site.hidden_size))
-
-    def _num_visual_prompts(self, adapter_name: str) -> int:
-        """The number of prompts kept."""
-        prompts = self.e2vpt_visual_prompts[adapter_name]
-        if prompts.dim() == 2:
-            return len(prompts)
+    def _num_kept(self, adapter_name: str) -> int:
+        """The number of visual prompts in the running forward pass, those that are not pruned."""
+        others = running_pass().visual_prompts
+        if others is not None:
+            return len(others[self])
         config = self.adapter_configs[adapter_name]
         return config.num_visual_prompts if config.token_mask is None else sum(config.token_mask)
 
-    def _kv_prompts(self, adapter_name: str, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _visual_prompts(self, adapter_name: str, samples: int) -> torch.Tensor:
+        """(samples, number of prompts, hidden size)"""
+        prompts = self.kept_prompts(adapter_name).expand(samples, -1, -1)
+        return self._drop(prompts, self.adapter_configs[adapter_name].prompt_dropout)
+
+    def _kv_prompts(self, adapter_name: str, samples: int) -> KeysAndValues:
         """Keys and values, each (samples, number of prompts, heads, head size)"""
         config, prompts = self.adapter_configs[adapter_name], self.e2vpt_kv_prompts[adapter_name]
         parts = [prompts] if config.share_kv_prompts else list(prompts.unbind(0))
@@ -293,48 +295,25 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
     def _drop(self, prompts: torch.Tensor, probability: float) -> torch.Tensor:
         return F.dropout(prompts, probability, self.training) if probability else prompts
 
-    def _project(
-        self, prompts: dict[str, torch.Tensor], dtype: torch.dtype
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def _project(self, prompts: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, KeysAndValues]:
         """Keys and values of each adapter's visual prompts, each (samples, number of prompts, heads, head size)"""
         if not prompts:
             return {}
-        norm = self.attention_norm
-        if current_route() is None or not isinstance(norm, RoutedModulesToSave):
-            return self._project_together(prompts, norm, dtype)
+        if running_pass().route is None or not isinstance(self.site.norm, RoutedModulesToSave):
+            return self._project_together(prompts, dtype)
         projected = {}
         for name, part in prompts.items():  # each through its own norm
-            with route_samples([name]):
-                projected.update(self._project_together({name: part}, norm, dtype))
+            with running(route=Route([name])):
+                projected.update(self._project_together({name: part}, dtype))
         return projected
 
-    def _project_together(
-        self, prompts: dict[str, torch.Tensor], norm: Any, dtype: torch.dtype
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        weight = getattr(norm, "weight", None)
-        normed = norm(torch.cat(list(prompts.values()), 1).to(dtype if weight is None else weight.dtype))
+    def _project_together(self, prompts: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, KeysAndValues]:
+        normed = self.site.normalize(torch.cat(list(prompts.values()), 1), dtype)
         lengths = [part.shape[1] for part in prompts.values()]
-        keys, values = (rows.split(lengths, 1) for rows in self._keys_and_values(normed))
+        keys, values = (rows.split(lengths, 1) for rows in self.site.project(normed))
         return dict(zip(prompts, zip(keys, values)))
 
-    def _keys_and_values(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Project (samples, number of prompts, hidden size) to (samples, number of prompts, heads, head size)."""
-        site, attention = self.site, self.base_layer
-        heads = (site.num_heads, site.head_size)
-        if site.key_projection == site.value_projection:
-            _, keys, values = getattr(attention, site.key_projection)(normed).unflatten(-1, (3, *heads)).unbind(-3)
-        else:
-            keys = getattr(attention, site.key_projection)(normed).unflatten(-1, heads)
-            values = getattr(attention, site.value_projection)(normed).unflatten(-1, heads)
-        if site.key_norm is not None:
-            key_norm: Any = getattr(attention, site.key_norm)
-            if isinstance(key_norm, nn.Identity) or key_norm.weight.numel() == site.head_size:
-                keys = key_norm(keys)
-            else:  # over all heads together
-                keys = key_norm(keys.flatten(-2)).unflatten(-1, heads)
-        return keys, values
-
-    def keys_and_values(self, prompts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def project_prompts(self, prompts: torch.Tensor) -> KeysAndValues:
         """What visual prompts become in the attention of this layer.
 
         Args:
@@ -346,7 +325,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         keys, values = self._project({"": prompts[None]}, prompts.dtype)[""]
         return keys[0], values[0]
 
-    def _no_rows(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def _no_rows(self, dtype: torch.dtype) -> KeysAndValues:
         device, _ = self._get_base_layer_device_and_dtype(self.base_layer)
         empty = torch.empty(1, 0, self.site.num_heads, self.site.head_size, dtype=dtype, device=device)
         return empty, empty
@@ -364,10 +343,9 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         raise ValueError(CANNOT_MERGE)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.site.interception is not None and self.has_prefix:
-            with self.site.interception(self):
-                return self.base_layer(*args, **kwargs)
-        return self.base_layer(*args, **kwargs)
+        """Run the attention, with the prompts of the running forward pass."""
+        with self.site.way_in.running(self):
+            return self.base_layer(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """Forward missing attributes to the attention, for which attention implementations take this wrapper."""

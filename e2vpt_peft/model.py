@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import replace
 from typing import Any, NoReturn, Optional
 
 import torch
@@ -16,21 +15,24 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import AttentionSite, explain_no_default_targets, find_attention_site, find_default_targets
-from .compatibility import (
+from .adapter import adapter_names
+from .attention.site import AttentionSite, find_attention_site
+from .attention.targets import explain_no_default_targets, find_default_targets
+from .attention.tokens import TokenInsertion, find_stack
+from .config import E2VPTConfig
+from .layer import CANNOT_MERGE, E2VPTLayer
+from .loading.compatibility import (
     PEFT_PREFIX,
     check_adapter_name,
-    check_backbone,
-    check_backbone_untouched,
-    check_prompts,
-    describe_backbone,
+    check_model,
+    check_nothing_overwritten,
+    check_saved_prompts,
 )
-from .config import E2VPTConfig
-from .heads import check_modules_to_save, route_modules_to_save
-from .layer import CANNOT_MERGE, E2VPTLayer
-from .layouts import former_names, in_present_layout
-from .routing import BASE_MODEL, route_samples
-from .shallow import TokenInsertion
+from .loading.former_names import former_names, in_present_layout
+from .mixed_batch import check_adapter_names, route_modules_to_save
+from .prompt_shapes import PREFIX
+from .route import Route
+from .running_pass import running
 
 
 class E2VPTModel(BaseTuner):
@@ -67,7 +69,7 @@ class E2VPTModel(BaseTuner):
         - **peft_config** ([`E2VPTConfig`]): The configuration of the E²VPT model.
     """
 
-    prefix: str = "e2vpt_"
+    prefix: str = PREFIX
     tuner_layer_cls = E2VPTLayer
     target_module_mapping: dict[str, list[str]] = {}  # found in the model instead, see `find_default_targets`
 
@@ -95,55 +97,10 @@ class E2VPTModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Check all targets, so that an error leaves the model as it was."""
         assert isinstance(peft_config, E2VPTConfig)
-        names = [
-            name
-            for name, module in model.named_modules()
-            if name and ".base_layer" not in name and self._is_target(peft_config, name)
-        ]
-        sites = {name: self._find_site(model, name, peft_config) for name in names}
-        check_modules_to_save(model, peft_config.modules_to_save)
-        self._check_backbone(peft_config, model, list(sites.values()))
-        for name, site in sites.items():
-            if peft_config.num_visual_prompts and site.hidden_size % peft_config.num_segments:
-                raise ValueError(
-                    f"num_segments={peft_config.num_segments} does not divide the hidden size {site.hidden_size} of "
-                    f"'{name}': choose a divisor of {site.hidden_size}."
-                )
-        self._check_layer_indices(peft_config, model)
-        if peft_config.visual_prompt_depth == "shallow" and peft_config.num_visual_prompts:
-            for name, site in sites.items():
-                if site.num_special_tokens is None:
-                    raise ValueError(
-                        f"visual_prompt_depth='shallow': no tokens can be inserted in front of '{name}' "
-                        f"({type(model.get_submodule(name)).__name__}), whose windows or positions would not fit. Use "
-                        "visual_prompt_depth='deep'."
-                    )
-            stacks = {id(_find_stack(model, name)[0]) for name in names}
-            if len(stacks) > 1:
-                raise ValueError(
-                    f"visual_prompt_depth='shallow': the targets {names} stand in {len(stacks)} stacks of layers, but "
-                    "shallow prompts go through one. Narrow target_modules, or use visual_prompt_depth='deep'."
-                )
-
-    def _check_backbone(self, peft_config: E2VPTConfig, model: nn.Module, sites: list[AttentionSite]) -> None:
-        in_any_layer = replace(peft_config, layers_to_transform=None, layers_pattern=None)
         names = [name for name, _ in model.named_modules() if name and ".base_layer" not in name]
-        num_layers = sum(self._is_target(in_any_layer, name) for name in names)
-        if num_layers:  # otherwise PEFT complains about the targets
-            backbone = describe_backbone(sites, num_layers)
-            check_backbone(peft_config, backbone)
-            peft_config.backbone = backbone
-
-    def _check_layer_indices(self, peft_config: E2VPTConfig, model: nn.Module) -> None:
-        requested = peft_config.layers_to_transform
-        indices = [requested] if isinstance(requested, int) else requested or []
-        for index in indices:
-            only = replace(peft_config, layers_to_transform=[index])
-            if not any(self._is_target(only, name) for name, _ in model.named_modules()):
-                raise ValueError(
-                    f"layers_to_transform={requested!r}: there is no layer {index} among the modules that "
-                    "target_modules matches. Layers are counted from 0."
-                )
+        targets = [name for name in names if self._is_target(peft_config, name)]
+        sites = {name: self._find_site(model, name, peft_config) for name in targets}
+        check_model(peft_config, model, sites, self._is_target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put an adapter into the model, as [`~peft.tuners.tuners_utils.BaseTuner.inject_adapter`]."""
@@ -170,9 +127,7 @@ class E2VPTModel(BaseTuner):
         if not self.active_adapters:  # all others have been deleted, and PEFT cannot set none active
             self.active_adapter = adapter_name
         is_shallow = peft_config.visual_prompt_depth == "shallow"
-        is_first = not any(
-            adapter_name in layer.adapter_configs for layer in self.model.modules() if isinstance(layer, E2VPTLayer)
-        )
+        is_first = adapter_name not in adapter_names(self.model)
         has_visual_prompts = peft_config.num_visual_prompts > 0 and (is_first or not is_shallow)
         if not has_visual_prompts and peft_config.num_kv_prompts == 0:
             return  # shallow visual prompts alone: only the first layer has any
@@ -190,22 +145,19 @@ class E2VPTModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, E2VPTLayer):  # unloading, where PEFT expects modules with a weight
-            if child.site.eager_attention is not None:
-                new_module.config = child.config
+            child.detach()
             setattr(parent, child_name, new_module)
-            if child.token_insertion is not None:
-                child.token_insertion.remove()
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
     def _insert_tokens(self, layer: E2VPTLayer, name: str) -> None:
-        stack, index, ancestors = _find_stack(self.model, name)
+        """Let shallow prompts in through the stack that a layer is in, by the hooks that are there already."""
+        stack, ancestors = find_stack(self.model, name)
         neighbours = [module for module in stack.modules() if isinstance(module, E2VPTLayer)]
-        insertion = next((other.token_insertion for other in neighbours if other.token_insertion), None)
-        if insertion is None:
-            insertion = TokenInsertion(stack, ancestors, layer.site.num_special_tokens or 0)
-        insertion.owners[index] = layer
-        layer.token_insertion = insertion
+        ways_in = [way_in for other in neighbours for way_in in other.ways_in if isinstance(way_in, TokenInsertion)]
+        insertion = ways_in[0] if ways_in else TokenInsertion(stack, ancestors, layer.site.num_special_tokens)
+        if insertion not in layer.ways_in:
+            layer.attach(insertion)
 
     def _is_target(self, peft_config: E2VPTConfig, name: str) -> bool:
         return bool(self._check_target_module_exists(peft_config, name))
@@ -277,8 +229,8 @@ class E2VPTModel(BaseTuner):
             renamed[f"{prefix}{name}{dot}{prompt}"] = tensor
             if dot:
                 prompts[f"{name}{dot}{prompt}"] = tensor
-        check_prompts(layers, backbone, prompts)
-        check_backbone_untouched(model, adapter_name, renamed)
+        check_saved_prompts(layers, backbone, prompts)
+        check_nothing_overwritten(model, adapter_name, renamed)
         for layer in layers.values():
             layer.forget_initial_prompts_if_untrained(adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
@@ -292,17 +244,9 @@ class E2VPTModel(BaseTuner):
             return
         if self.training:
             raise ValueError("adapter_names is for inference: call model.eval() first.")
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names={adapter_names!r} must be a list, of one adapter name per sample.")
-        unknown = sorted(set(adapter_names) - {BASE_MODEL} - set(self.peft_config))
-        if unknown:
-            raise ValueError(f"adapter_names has {unknown}, known are {[BASE_MODEL, *self.peft_config]}.")
         samples = self._main_input(args, kwargs)
-        if samples is not None and len(adapter_names) != len(samples):
-            raise ValueError(
-                f"adapter_names has {len(adapter_names)} names for {len(samples)} samples: give one name per sample."
-            )
-        with route_samples(adapter_names, None if samples is None else samples.device):
+        check_adapter_names(adapter_names, list(self.peft_config), samples)
+        with running(route=Route(adapter_names, None if samples is None else samples.device)):
             yield
 
     def _main_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Optional[torch.Tensor]:
@@ -333,17 +277,3 @@ class E2VPTModel(BaseTuner):
     ) -> None:
         """transformers' older name of [`activation_checkpointing_enable`]."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
-
-
-def _find_stack(model: nn.Module, name: str) -> tuple[nn.ModuleList, int, list[nn.Module]]:
-    """The stack of layers that module `name` is in, the index of its layer, and the modules around the stack."""
-    path = name.split(".")
-    for depth in range(len(path) - 1, 0, -1):
-        parent = model.get_submodule(".".join(path[:depth]))
-        if isinstance(parent, nn.ModuleList):
-            ancestors = [model.get_submodule(".".join(path[:above])) for above in range(depth)]
-            return parent, int(path[depth]), ancestors
-    raise ValueError(
-        f"visual_prompt_depth='shallow': '{name}' is in no stack (nn.ModuleList) of layers. Use "
-        "visual_prompt_depth='deep'."
-    )

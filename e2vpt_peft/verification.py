@@ -5,16 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import Prefix
-from .importance import prompted_layers
+from .adapter import PromptedAdapter
+from .attention.prefix import Prefix
 from .layer import E2VPTLayer
-from .modes import evaluating
+from .running_pass import running
+from .utils.modes import evaluating
 
 MASKS = ("attention_mask", "attn_mask")
 ROTATIONS = ("position_embeddings",)
@@ -49,14 +51,18 @@ def check_prefix(model: nn.Module, inputs: Mapping[str, Any], *, tolerance: floa
         >>> check_prefix(model, {"pixel_values": torch.randn(2, 3, 224, 224)})
         ```
     """
-    adapter_name, layers = prompted_layers(model)
-    if layers[0].adapter_configs[adapter_name].visual_prompt_depth == "shallow":
-        raise ValueError(f"Adapter '{adapter_name}' has shallow visual prompts, which are inserted tokens anyway.")
+    adapter = PromptedAdapter.find(model)
+    adapter.require_visual_prompts()
+    if adapter.is_shallow:
+        raise ValueError(f"Adapter '{adapter.name}' has shallow visual prompts, which are inserted tokens anyway.")
+    names = [name for name, module in model.named_modules() if module in adapter.layers]
     try:
         with evaluating(model):
-            with _all(_norm_checked(model, name) for name, module in model.named_modules() if module in layers):
+            with _all(_norm_checked(model, name) for name in names):
                 outputs = _outputs(model, inputs)
-            with _all(_tokens_inserted(layer, adapter_name) for layer in layers):
+            counts = {layer: len(layer.kept_prompts(adapter.name)) for layer in adapter.layers}
+            tokens_inserted = (_tokens_inserted(layer, adapter.name) for layer in adapter.layers)
+            with running(edit_prefix=partial(_without_visual_prompts, counts)), _all(tokens_inserted):
                 expected = _outputs(model, inputs)
     except RuntimeError as error:
         raise ValueError(
@@ -96,14 +102,15 @@ def _norm_checked(model: nn.Module, name: str) -> Iterator[None]:
     """For a forward pass in which what enters the attention has to be what its norm gave."""
     layer: Any = model.get_submodule(name)
     site, seen = layer.site, []
+    norm = site.norm
 
     def see(module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
         seen.append(args[0] if output is None else output)
 
-    if site.norm_owner is not None:
+    if norm is not None:
         what = f"what its norm '{site.norm_name}' gives"
         # Called by the model first, and then by the layer, for the prompts.
-        handle = layer.attention_norm.register_forward_hook(see)
+        handle = norm.register_forward_hook(see)
     else:
         what = "what enters its layer, though attention_norm='none'"
         handle = _layer_around(model, name).register_forward_pre_hook(see)
@@ -141,14 +148,14 @@ def _same_rows(states: torch.Tensor, others: torch.Tensor) -> bool:
 
 @contextmanager
 def _tokens_inserted(layer: E2VPTLayer, adapter_name: str) -> Iterator[None]:
-    """For a forward pass in which an attention is given visual prompts as tokens, and their prefix is left out."""
-    prompts = layer.dense_visual_prompts(adapter_name)
-    norm, count = layer.attention_norm, len(prompts)
+    """For a forward pass in which an attention is given visual prompts as tokens."""
+    prompts = layer.kept_prompts(adapter_name)
+    count = len(prompts)
 
     def enter(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound, states_name = _bind(attention, args, kwargs)
         states = bound.arguments[states_name]
-        tokens = norm(prompts.to(states.dtype)).expand(len(states), -1, -1)
+        tokens = layer.site.normalize(prompts, states.dtype).to(states.dtype).expand(len(states), -1, -1)
         bound.arguments[states_name] = torch.cat([tokens, states], 1)
         for inputs in (bound.arguments, bound.arguments.get("kwargs", {})):
             for name in MASKS:
@@ -178,13 +185,17 @@ def _tokens_inserted(layer: E2VPTLayer, adapter_name: str) -> Iterator[None]:
         layer.base_layer.register_forward_hook(leave),
         *(part.register_forward_hook(no_bias) for part in biases),
     ]
-    layer.prefix_hook = lambda prefix, batch_size: Prefix(prefix.keys[:, count:], prefix.values[:, count:])
     try:
         yield
     finally:
-        layer.prefix_hook = None
         for handle in handles:
             handle.remove()
+
+
+def _without_visual_prompts(
+    counts: Mapping[E2VPTLayer, int], layer: E2VPTLayer, prefix: Prefix, batch_size: int
+) -> Prefix:
+    return Prefix(prefix.keys[:, counts[layer] :], prefix.values[:, counts[layer] :])
 
 
 def _bind(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[inspect.BoundArguments, str]:

@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
 from e2vpt_peft import E2VPTConfig
-from e2vpt_peft.routing import Route, current_route, route_samples
+from e2vpt_peft.route import Route
+from e2vpt_peft.running_pass import RunningPass, running, running_pass
 
 from .support.models import TINY_MODELS, images, tiny_vit
 
@@ -255,7 +256,7 @@ def test_modules_to_save_that_cannot_be_divided_are_refused_in_words() -> None:
     model = adapted(tiny_vit(), DEEP, heads=["classifier", "layers.2.mlp"])
     assert_mixed_batch_is_right(model)
     wrapper = model.base_model.model.vit.layers[2].mlp
-    with route_samples(["kv", "flowers"]), pytest.raises(TypeError, match="ViTMLP.*single tensor"):
+    with running(route=Route(["kv", "flowers"])), pytest.raises(TypeError, match="ViTMLP.*single tensor"):
         wrapper(images(2), images(2))
 
 
@@ -268,7 +269,7 @@ def test_nothing_leaks_when_the_forward_pass_fails() -> None:
     with pytest.raises(ZeroDivisionError):
         together(model, pixel_values, NAMES)
     handle.remove()
-    assert current_route() is None
+    assert running_pass() == RunningPass()
     assert torch.equal(model(pixel_values).logits, plain)
     assert torch.equal(together(model, pixel_values, NAMES), mixed)
 
@@ -326,7 +327,7 @@ def test_threads_that_share_a_model_get_their_own_results() -> None:
         thread.join()
     assert wrong == []
     assert not barrier.broken
-    assert current_route() is None
+    assert running_pass() == RunningPass()
 
 
 # Route

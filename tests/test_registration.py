@@ -10,7 +10,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 
 import e2vpt_peft
 from e2vpt_peft import E2VPTConfig, E2VPTModel, E2VPTType
-from e2vpt_peft.peft_type import register_with_peft
+from e2vpt_peft.registration import register_with_peft
 
 from .support.models import images, tiny_vit
 

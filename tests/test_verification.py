@@ -5,11 +5,12 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from e2vpt_peft import E2VPTConfig, architectures, check_prefix
+from e2vpt_peft import E2VPTConfig, check_prefix
+from e2vpt_peft.attention import site
 
-from .support.models import images, tiny_vit
-from .peft_contract.common import assert_unchanged, snapshot
 from .attention.test_architectures import adapt, inputs, make
+from .peft_contract.common import assert_unchanged, snapshot
+from .support.models import images, tiny_vit
 from .support.zoo import HEADS, ZOO
 
 
@@ -55,7 +56,7 @@ def test_it_finds_a_norm_that_was_said_not_to_be_there():
 
 
 def test_it_finds_keys_that_are_changed_after_the_projection(monkeypatch):
-    monkeypatch.setattr(architectures, "KEY_NORMS", ())
+    monkeypatch.setattr(site, "KEY_NORMS", ())
     with pytest.raises(ValueError, match="outputs differ by .* from those with inserted tokens"):
         check_prefix(adapt(make("internvl_vision")), inputs("internvl_vision"))
 

@@ -13,10 +13,11 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedModel
 from transformers.modelcard import TASK_TAG_TO_NAME_MAPPING
 
-from ..masks import segment_mask, token_mask
+from ..adapter import PromptedAdapter
+from ..masks import PromptMasks
 from ..version import __version__
-from .adapter import AdapterFacts
 from .details import CardDetails
+from .facts import count_all_parameters, find_base_model, find_task
 from .readme import is_hub_id
 from .snippet import usage
 
@@ -29,14 +30,14 @@ class CardContent:
     """What the card of an adapter says.
 
     Args:
-        adapter ([`AdapterFacts`]): What can be seen from the model.
+        adapter ([`PromptedAdapter`]): The adapter, from which much can be seen.
         details ([`CardDetails`]): What cannot.
     """
 
-    def __init__(self, adapter: AdapterFacts, details: CardDetails) -> None:
+    def __init__(self, adapter: PromptedAdapter, details: CardDetails) -> None:
         self.adapter, self.details = adapter, details
-        self.base_model = details.base_model or adapter.base_model
-        self.task = details.task or adapter.task
+        self.base_model = details.base_model or find_base_model(adapter)
+        self.task = details.task or find_task(adapter.backbone)
         self.adapter_id = details.adapter_id or "path/to/the/adapter"
         self.name = details.name or Path(self.adapter_id).resolve().name
         is_local = details.dataset is not None and Path(details.dataset).exists()
@@ -99,38 +100,37 @@ class CardContent:
         return f"## Use\n\n```python\n{code}```\n"
 
     def _prompts(self) -> str:
-        config, adapter = self.adapter.config, self.adapter
-        rows = []
+        adapter, rows = self.adapter, []
+        config, masks = adapter.config, adapter.masks
         if config.num_visual_prompts:
             where = "per layer (deep)" if config.visual_prompt_depth == "deep" else "before the first layer (shallow)"
-            rows.append(("visual prompts", f"{_kept(token_mask(config))} {where}"))
-            rows.append(("segments of visual prompts", _kept(segment_mask(config))))
+            rows.append(("visual prompts", f"{_kept(masks.tokens)} {where}"))
+            rows.append(("segments of visual prompts", _kept(masks.segments)))
         if config.num_kv_prompts:
             sharing = "the same for keys and values" if config.share_kv_prompts else "keys and values apart"
             rows.append(("key-value prompts", f"{config.num_kv_prompts} per head and layer, {sharing}"))
         rows.append(("adapted layers", f"{len(adapter.layers)}"))
-        trainable, total = adapter.prompt_parameters + adapter.other_parameters, adapter.all_parameters
+        prompts, total = adapter.num_parameters(), count_all_parameters(adapter.model)
+        modules = {
+            name: sum(parameter.numel() for parameter in module.parameters())
+            for name, module in adapter.trained_modules.items()
+        }
+        trainable = prompts + sum(modules.values())
         rows.append(("trainable parameters", f"{trainable:,} ({trainable / total:.2%} of {total:,})"))
-        rows.append(("of these, prompts", f"{adapter.prompt_parameters:,}"))
-        for name, module in adapter.trained_modules.items():
-            size = sum(parameter.numel() for parameter in module.parameters())
-            rows.append((f"of these, `{name}`", f"{size:,}"))
+        rows.append(("of these, prompts", f"{prompts:,}"))
+        rows += [(f"of these, `{name}`", f"{size:,}") for name, size in modules.items()]
         return "## Prompts\n\n" + _table(["", ""], rows)
 
     def _pruning(self) -> str:
-        adapter = self.adapter
-        if not adapter.is_pruned and self.details.pruning is None:
+        adapter, unpruned = self.adapter, PromptMasks.unpruned(self.adapter.config)
+        if adapter.masks == unpruned and self.details.pruning is None:
             return ""
-        tokens, segments = token_mask(adapter.config), segment_mask(adapter.config)
-        rows = [
-            ("visual prompts", f"{len(tokens):,}", f"{int(tokens.sum()):,}"),
-            ("segments of visual prompts", f"{segments.numel():,}", f"{int(segments.sum()):,}"),
-            (
-                "parameters of prompts",
-                f"{adapter.prompt_parameters_before_pruning:,}",
-                f"{adapter.prompt_parameters:,}",
-            ),
-        ]
+        before, after = (
+            (masks.num_tokens, masks.num_segments, adapter.num_parameters(masks))
+            for masks in (unpruned, adapter.masks)
+        )
+        labels = ("visual prompts", "segments of visual prompts", "parameters of prompts")
+        rows = [(label, f"{old:,}", f"{new:,}") for label, old, new in zip(labels, before, after)]
         text = "## Pruning\n\n" + _table(["", "before", "after"], rows)
         return text + (f"\n{self.details.pruning}\n" if self.details.pruning else "")
 

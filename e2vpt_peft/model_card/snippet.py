@@ -7,7 +7,7 @@ from typing import Optional
 
 from transformers import PreTrainedModel
 
-from .adapter import AdapterFacts
+from ..adapter import PromptedAdapter
 
 TASKS_WITH_LABELS = (
     "audio-classification",
@@ -23,7 +23,11 @@ MOST_LABELS = 20
 
 
 def usage(
-    adapter: AdapterFacts, adapter_id: str, base_model: Optional[str], processor_id: Optional[str], task: Optional[str]
+    adapter: PromptedAdapter,
+    adapter_id: str,
+    base_model: Optional[str],
+    processor_id: Optional[str],
+    task: Optional[str],
 ) -> str:
     """Python code that loads backbone and adapter, and classifies an image if that is the task."""
     backbone = adapter.backbone
@@ -55,7 +59,7 @@ def usage(
     return "\n".join(lines) + "\n"
 
 
-def _backbone_options(adapter: AdapterFacts, task: Optional[str]) -> list[str]:
+def _backbone_options(adapter: PromptedAdapter, task: Optional[str]) -> list[str]:
     backbone = adapter.backbone
     options = [f"revision={_text(adapter.config.revision)}"] if adapter.config.revision else []
     if isinstance(backbone, PreTrainedModel) and task in TASKS_WITH_LABELS and adapter.trained_modules:

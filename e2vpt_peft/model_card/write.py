@@ -11,9 +11,9 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 from torch import nn
 
-from .adapter import AdapterFacts
 from .content import CardContent
 from .details import CardDetails
+from .facts import card_adapter
 from .readme import update_readme
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def write_model_card(
         **details: What else the card should say, see [`CardDetails`].
 
     Raises:
-        ValueError: The model has no such E²VPT adapter. Nothing is written.
+        ValueError: The model has no such E2VPT adapter. Nothing is written.
 
     Example:
 
@@ -81,7 +81,7 @@ def push_model_card(
         [`~huggingface_hub.CommitInfo`]: The commit, or `None` if the card there stays.
 
     Raises:
-        ValueError: The model has no such E²VPT adapter. Nothing is pushed.
+        ValueError: The model has no such E2VPT adapter. Nothing is pushed.
 
     Example:
 
@@ -111,7 +111,7 @@ def model_card(
     model: nn.Module, existing: Optional[str] = None, *, adapter_name: Optional[str] = None, **details: Any
 ) -> Optional[str]:
     """The README.md of an adapter, in place of an existing one; `None` if that one must stay."""
-    content = CardContent(AdapterFacts(model, adapter_name), CardDetails(**details))
+    content = CardContent(card_adapter(model, adapter_name), CardDetails(**details))
     return update_readme(existing, content.text(), content.metadata())
 
 

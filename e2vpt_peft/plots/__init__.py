@@ -1,9 +1,9 @@
 """Pictures of adapters and of pruning results. Needs matplotlib: `pip install 'e2vpt-peft[plots]'`."""
 
-from .attention import plot_attention_on_image, plot_attention_to_prompts
+from .attention_maps import plot_attention_on_image, plot_attention_to_prompts
 from .candidates import plot_candidates
 from .features import plot_features
-from .importance import plot_importance
+from .scores import plot_importance
 
 __all__ = [
     "plot_attention_on_image",

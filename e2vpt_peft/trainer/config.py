@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from ..config import check_integer
-from ..importance import SCORING_METHODS
+from ..pruning import SCORING_METHODS
+from ..utils.fields import check_choice, check_integer, check_type, is_number
 
 
 def _default_rates() -> list[float]:
@@ -65,18 +65,17 @@ class PruningArguments:
     def __post_init__(self) -> None:
         for name in ("token_rates", "segment_rates"):
             setattr(self, name, _rates(name, getattr(self, name)))
-        _one_of("importance", self.importance, list(SCORING_METHODS))
-        _one_of("search", self.search, ["grid", "halving"])
-        _one_of("rewind", self.rewind, ["saved", "fresh"])
-        if not _is_number(self.tolerance):
+        check_choice("importance", self.importance, list(SCORING_METHODS))
+        check_choice("search", self.search, ["grid", "halving"])
+        check_choice("rewind", self.rewind, ["saved", "fresh"])
+        if not is_number(self.tolerance):
             raise TypeError(f"tolerance={self.tolerance!r} must be a number, 0 or more.")
         if not 0 <= self.tolerance < float("inf"):
             raise ValueError(f"tolerance={self.tolerance!r} must be 0 or more, in units of the metric.")
         for name in ("min_tokens", "min_segments", "max_score_batches", "halving_rounds"):
-            _integer(name, getattr(self, name), 1, optional=name in ("min_segments", "max_score_batches"))
-        _integer("halving_factor", self.halving_factor, 2)
-        if not isinstance(self.skip_diverged, bool):
-            raise TypeError(f"skip_diverged={self.skip_diverged!r} must be True or False.")
+            check_integer(name, getattr(self, name), 1, optional=name in ("min_segments", "max_score_batches"))
+        check_integer("halving_factor", self.halving_factor, 2)
+        check_type("skip_diverged", self.skip_diverged, bool, "True or False")
 
 
 @dataclass
@@ -148,25 +147,11 @@ class PruningConfig(PruningArguments):
             raise TypeError(f"greater_is_better={self.greater_is_better!r} must be True, False or None.")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _rates(name: str, value: Any) -> list[float]:
-    if not isinstance(value, (list, tuple)) or not all(_is_number(rate) for rate in value):
+    if not isinstance(value, (list, tuple)) or not all(is_number(rate) for rate in value):
         raise TypeError(f"{name}={value!r} must be a list of numbers in [0, 1).")
     if not value or not all(0 <= rate < 1 for rate in value):
         raise ValueError(
             f"{name}={value!r} must have one or more numbers, all in [0, 1): shares to prune, not percent."
         )
     return sorted({float(rate) for rate in value})
-
-
-def _one_of(name: str, value: Any, allowed: list[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}.")
-
-
-def _integer(name: str, value: Any, at_least: int, optional: bool = False) -> None:
-    if not (optional and value is None):
-        check_integer(name, value, at_least)

@@ -13,7 +13,7 @@ from transformers import Trainer
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_utils import HubStrategy
 
-from ..model_card.adapter import has_adapter
+from ..adapter import active_adapters
 from ..model_card.readme import has_persons_words
 from ..model_card.write import README, download_card, read_card, write_model_card
 
@@ -63,7 +63,7 @@ class ModelCardTrainer(Trainer):
             dataset_args (`str`, *optional*): The configuration of a Hub data set.
             **details: What else the card should say, see [`CardDetails`].
         """
-        if not has_adapter(self._adapted_model()):
+        if not active_adapters(self._adapted_model()):
             super().create_model_card(
                 language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
             )
@@ -103,7 +103,7 @@ class ModelCardTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         pushes = self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END
-        if pushes and has_adapter(self._adapted_model()):
+        if pushes and active_adapters(self._adapted_model()):
             self._push_target = {"token": self.args.hub_token, "revision": self.args.hub_revision}
             self._write_card(Path(str(self.args.output_dir)))
             self._push_target = None
@@ -114,7 +114,7 @@ class ModelCardTrainer(Trainer):
         path = folder / README
         before = path.read_bytes() if path.exists() else None
         super()._save(output_dir, state_dict)
-        if self.args.should_save and has_adapter(self._adapted_model()):
+        if self.args.should_save and active_adapters(self._adapted_model()):
             # PEFT writes a form, or changes tags and text of the card that is there.
             if before is None:
                 path.unlink(missing_ok=True)

@@ -7,12 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Optional
 
-import torch
-from torch import nn
-
-from ..importance import PromptScores, prompted_layers
-from ..masks import segment_mask, token_mask
-from ..pruning import prune_prompts, set_masks
+from ..adapter import PromptedAdapter
+from ..masks import PromptMasks
+from ..pruning import PromptScores
+from ..pruning.prune import least_segments
 from .config import PruningConfig
 
 
@@ -21,8 +19,7 @@ class Candidate:
     """One way to prune: all the rates that come to the same prompts, and how well it did."""
 
     name: str
-    token_mask: torch.Tensor
-    segment_mask: torch.Tensor
+    masks: PromptMasks
     parameters: int
     """Of the prompts, without the head."""
     rates: list[tuple[float, float]] = field(default_factory=list)
@@ -37,8 +34,8 @@ class Candidate:
         return {
             "name": self.name,
             "rates": [list(pair) for pair in self.rates],
-            "tokens": int(self.token_mask.sum()),
-            "segments": int(self.segment_mask.sum()),
+            "tokens": self.masks.num_tokens,
+            "segments": self.masks.num_segments,
             "parameters": self.parameters,
             "metric": self.metric,
             "epochs": self.epochs,
@@ -47,30 +44,16 @@ class Candidate:
 
 
 def list_candidates(
-    model: nn.Module, scores: PromptScores, config: PruningConfig, adapter_name: str
+    adapter: PromptedAdapter, scores: PromptScores, config: PruningConfig
 ) -> tuple[Candidate, list[Candidate]]:
-    """The unpruned adapter and every different way to prune it, in the order of the rates.
-
-    Leaves the masks of the adapter as they were, but not the values of its prompts.
-    """
-    adapter_config = prompted_layers(model, adapter_name)[1][0].adapter_configs[adapter_name]
-    start = token_mask(adapter_config), segment_mask(adapter_config)
-    found: dict[tuple[bytes, bytes], Candidate] = {}
+    """The unpruned adapter and every different way to prune it, in the order of the rates. Nothing is changed."""
+    least = least_segments(adapter.config.num_segments) if config.min_segments is None else config.min_segments
+    found: dict[PromptMasks, Candidate] = {}
     pairs = [(0.0, 0.0)] + [(token, segment) for token in config.token_rates for segment in config.segment_rates]
     for rates in dict.fromkeys(pairs):
-        summary = prune_prompts(
-            model,
-            scores,
-            *rates,
-            min_tokens=config.min_tokens,
-            min_segments=config.min_segments,
-            adapter_name=adapter_name,
-        )
-        masks = token_mask(adapter_config), segment_mask(adapter_config)
-        key = masks[0].numpy().tobytes(), masks[1].numpy().tobytes()
+        masks = adapter.masks.prune(scores, rates, (config.min_tokens, least))
         name = f"candidate-{len(found)}" if found else "unpruned"
-        found.setdefault(key, Candidate(name, *masks, summary.parameters_after)).rates.append(rates)
-        set_masks(model, *start, adapter_name)
+        found.setdefault(masks, Candidate(name, masks, adapter.num_parameters(masks))).rates.append(rates)
     reference, *candidates = found.values()
     return reference, candidates
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Optional, TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load, save
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .files import write_atomically
-from .snapshot import Snapshot
+from ..utils.files import write_atomically
 
 FOLDER, RECORDS = "_pruning_state", "state.json"
 """Trainer does not push what begins with an underscore."""
@@ -93,7 +93,9 @@ class SearchState:
         self._write({})
         return {}
 
-    def finish(self, phase: str, record: dict[str, Any], tensors: Optional[Snapshot] = None) -> dict[str, Any]:
+    def finish(
+        self, phase: str, record: dict[str, Any], tensors: Optional[Mapping[str, torch.Tensor]] = None
+    ) -> dict[str, Any]:
         """Record that a phase is finished, with the tensors that it made, and remove its checkpoints.
 
         Returns:
@@ -102,7 +104,7 @@ class SearchState:
 
         def write() -> dict[str, Any]:
             if tensors is not None:
-                write_atomically(self._tensors(phase), save(tensors))
+                write_atomically(self._tensors(phase), save(dict(tensors)))
             self._write({**self.records, phase: record})
             self._remove_checkpoints(phase)
             return record
@@ -110,7 +112,7 @@ class SearchState:
         self.records[phase] = on_main_process(write)
         return self.records[phase]
 
-    def tensors(self, phase: str) -> Snapshot:
+    def tensors(self, phase: str) -> dict[str, torch.Tensor]:
         """The tensors of a finished phase."""
         return on_main_process(lambda: load(self._tensors(phase).read_bytes()))
 

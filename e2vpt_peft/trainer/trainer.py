@@ -23,17 +23,18 @@ from transformers import enable_full_determinism, set_seed
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from ..adapter import PromptedAdapter
 from ..config import E2VPTConfig
-from ..importance import PromptScores, prompted_layers, score_prompts
 from ..model_card.write import README
-from ..non_finite import explain_non_finite, is_finite
-from ..pruning import rewind_prompts, set_masks
-from ..shards import refuse_shards
+from ..pruning import AdapterSnapshot, InitialValues, PromptScores, rewind_prompts, score_prompts
+from ..pruning.rewind import has_initial_prompts
+from ..pruning.snapshot import copy_trained
+from ..utils.files import whole_files, write_atomically
+from ..utils.non_finite import explain_non_finite, is_finite
+from ..utils.shards import refuse_shards
 from .config import PruningArguments, PruningConfig
-from .files import whole_files, write_atomically
 from .model_card import ModelCardTrainer, results_in
 from .search import Candidate, choose, list_candidates, plan_rounds, search
-from .snapshot import copy_trained, restore_initial_values, restore_snapshot, take_initial_values, take_snapshot
 from .state import SearchState, on_main_process
 
 logger = logging.getLogger(__name__)
@@ -179,26 +180,26 @@ class E2VPTTrainer(ModelCardTrainer):
     def _run(self, greater_is_better: bool, start_time: float) -> TrainOutput:
         config, name, state = self.pruning_config, self._adapter_name, self._search_state
         model: Any = self.model
+        adapter = PromptedAdapter.find(model, name)
         if not {"initial", "start"} <= state.records.keys():
-            state.finish("initial", {}, take_initial_values(model, name))
-            state.finish("start", {}, take_snapshot(model, name))
-        initial, start = state.tensors("initial"), state.tensors("start")
-        restore_initial_values(model, name, initial)
+            state.finish("initial", {}, InitialValues.of(adapter).values)
+            state.finish("start", {}, AdapterSnapshot.of(adapter).to_tensors())
+        initial = InitialValues(state.tensors("initial"))
+        start = AdapterSnapshot.from_tensors(state.tensors("start"))
+        initial.restore(adapter)
 
         def rewind(candidate: Candidate) -> None:
-            restore_snapshot(model, name, start)  # undoes what was pruned since
-            restore_initial_values(model, name, initial)
+            start.restore(adapter)  # undoes what was pruned since
+            initial.restore(adapter)
             if config.rewind == "fresh":
                 set_seed(self.args.seed + 1)  # the same new values for every candidate
             rewind_prompts(model, init=config.rewind, adapter_name=name)  # type: ignore[arg-type]
-            set_masks(model, candidate.token_mask, candidate.segment_mask, name)
+            adapter.set_masks(candidate.masks)
 
         full = self.args.max_steps if self.args.max_steps > 0 else self.args.num_train_epochs
-        self._train_phase("tune", full, full, lambda: restore_snapshot(model, name, start))
-        tuned = state.tensors("tune")
-        restore_snapshot(model, name, tuned)
-        reference, candidates = list_candidates(model, self._scores(), config, name)
-        restore_snapshot(model, name, tuned)
+        self._train_phase("tune", full, full, lambda: start.restore(adapter))
+        AdapterSnapshot.from_tensors(state.tensors("tune")).restore(adapter)
+        reference, candidates = list_candidates(adapter, self._scores(), config)
         reference.metric, reference.epochs, reference.phase = self._outcome("tune")
         self._log_summary("tune", reference)
 
@@ -223,10 +224,10 @@ class E2VPTTrainer(ModelCardTrainer):
             phase = "final"
             self.train_dataset = self.final_train_dataset
             self._train_phase(phase, full, full, lambda: rewind(best))
-        restore_initial_values(model, name, initial)
+        initial.restore(adapter)
         if phase != "tune":
             rewind(best)  # what the winner started from is what rewinding it by hand goes back to
-        restore_snapshot(model, name, state.tensors(phase))
+        AdapterSnapshot.from_tensors(state.tensors(phase)).restore(adapter)
         return self._report(reference, candidates, best, phase, start_time)
 
     def _train_phase(self, phase: str, length: float, full: float, prepare: Callable[[], None]) -> None:
@@ -271,7 +272,7 @@ class E2VPTTrainer(ModelCardTrainer):
             "train_loss": output.training_loss,
         }
         model: Any = self.model
-        state.finish(phase, record, take_snapshot(model, self._adapter_name))
+        state.finish(phase, record, AdapterSnapshot.of(PromptedAdapter.find(model, self._adapter_name)).to_tensors())
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """As [`~transformers.Trainer.training_step`], but refuses a loss that is NaN or infinite.
@@ -305,7 +306,7 @@ class E2VPTTrainer(ModelCardTrainer):
         self._use_engines(True)
         try:
             yield
-            copy_trained(self.model, whole, self._adapter_name)
+            copy_trained(self.model, PromptedAdapter.find(whole, self._adapter_name))
         finally:
             self._use_engines(False)
             self.accelerator.free_memory()  # DeepSpeed's engine, too
@@ -411,7 +412,7 @@ class E2VPTTrainer(ModelCardTrainer):
             message = f"Nothing was pruned: no candidate came within tolerance={self.pruning_config.tolerance:g} of "
             message += f"the unpruned adapter's {metric}."
         else:
-            message = f"Kept {int(best.token_mask.sum())} of {int(reference.token_mask.sum())} visual prompts and "
+            message = f"Kept {best.masks.num_tokens} of {reference.masks.num_tokens} visual prompts and "
             message += f"{best.parameters:,} of {reference.parameters:,} parameters ({best.name}): {metric}, "
             message += f"unpruned {reference.metric:.6g}."
         rows = [candidate.row() for candidate in [reference, *candidates]]
@@ -432,7 +433,7 @@ class E2VPTTrainer(ModelCardTrainer):
             "train_loss": records[phase]["train_loss"],
             "pruning_metric": best.metric,
             "pruning_metric_unpruned": reference.metric,
-            "pruning_visual_prompts": int(best.token_mask.sum()),
+            "pruning_visual_prompts": best.masks.num_tokens,
             "pruning_parameters": best.parameters,
             "pruning_epochs": results["epochs"],
             "pruning_message": message,
@@ -511,16 +512,17 @@ class E2VPTTrainer(ModelCardTrainer):
         model: Any = self.model
         refuse_shards(model)
         try:
-            adapter_name, layers = prompted_layers(model)
+            adapter = PromptedAdapter.find(model)
+            adapter.require_visual_prompts()
         except ValueError as error:
             raise ValueError(f"E2VPTTrainer needs one active adapter with visual prompts. {error}") from None
-        known = all(adapter_name in layer.initial_prompts for layer in layers)
+        known = has_initial_prompts(adapter)
         if self.pruning_config.rewind == "saved" and not known and not resume_from_checkpoint:
             raise ValueError(
-                f"rewind='saved', but the initial values of adapter '{adapter_name}' are not known, because it was "
+                f"rewind='saved', but the initial values of adapter '{adapter.name}' are not known, because it was "
                 "loaded from a file: set PruningConfig(rewind='fresh')."
             )
-        return adapter_name, layers[0].adapter_configs[adapter_name]
+        return adapter.name, adapter.config
 
     def _check_engines(self) -> None:
         state = self.accelerator.state

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, HfArgumentParser, set_seed
 
 from e2vpt_peft import E2VPTConfig, PromptScores, score_prompts
-from e2vpt_peft.importance import SCORING_METHODS
+from e2vpt_peft.pruning import SCORING_METHODS
 
 EXAMPLES = Path(__file__).parents[1]
 NOT_SETTINGS = {"data_dir", "out", "threads", "tasks", "seeds", "depths", "what"}

@@ -10,7 +10,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from e2vpt_peft import E2VPTConfig, E2VPTLayer
-from e2vpt_peft.architectures import ARCHITECTURES
+from e2vpt_peft.attention.architectures import ARCHITECTURES
+from e2vpt_peft.attention.tokens import TokenInsertion
 
 from ..support.insertion import inserted
 from ..support.models import SIZES, images, prompt_parameters, randomized, tiny_vit
@@ -18,7 +19,7 @@ from ..support.zoo import HEADS, IMAGE, WORDS, ZOO
 
 PROMPTS = {"num_visual_prompts": 3, "num_kv_prompts": 2, "num_segments": 4}
 DEPTHS = {"beit segmentation": 4, "modernbert": 4, "dpt": 4, "swin": 3, "swinv2": 3}
-NO_TOKENS = {name for name, architecture in ARCHITECTURES.items() if architecture.special_tokens is None}
+NO_TOKENS = {name for name, architecture in ARCHITECTURES.items() if not architecture.takes_tokens}
 
 all_architectures = pytest.mark.parametrize("name", ZOO)
 all_models = pytest.mark.parametrize("name", [*ZOO, *HEADS])
@@ -358,7 +359,8 @@ def test_num_special_tokens_tells_where_the_shallow_prompts_of_an_unknown_model_
     model = tiny_vit()
     model.config.model_type = "unheard_of"
     adapted = adapt(model, target_modules=["attention"], visual_prompt_depth="shallow", num_special_tokens=1)
-    (insertion,) = {layer.token_insertion for layer in adapted_layers(adapted).values()} - {None}
+    ways_in = [way_in for layer in adapted_layers(adapted).values() for way_in in layer.ways_in]
+    (insertion,) = [way_in for way_in in ways_in if isinstance(way_in, TokenInsertion)]
     assert insertion.position == 1
 
 

@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from e2vpt_peft.interception import ProductsMode
+from e2vpt_peft.attention.interception import ProductsMode, ThroughTorchFunctions
 
 from ..support.models import prompt_parameters
-from .test_architectures import adapt, adapted_layers, inputs, make
 from ..test_verification import Bare
+from .test_architectures import adapt, adapted_layers, inputs, make
 
 CONFIG = {"target_modules": ["attn"], "num_segments": 1, "attention_norm": "ln_1"}
 
@@ -67,14 +68,14 @@ def written_out(then):
     model = adapt(Bare(), **CONFIG)
     expected = model(torch.ones(2, 5, 8).cumsum(1))
     for layer in adapted_layers(model).values():
-        layer._site = (layer.site._replace(interception=ProductsMode),)
+        layer.site = replace(layer.site, way_in=ThroughTorchFunctions(ProductsMode, "WrittenOut"))
         layer.forward = intercepted(layer, WrittenOut(layer.base_layer, then))
     return model, expected
 
 
 def intercepted(layer, attention):
     def forward(x):
-        with ProductsMode(layer):
+        with layer.site.way_in.running(layer):
             return attention(x)
 
     return forward
@@ -103,7 +104,8 @@ def test_what_cannot_be_followed_is_an_error(then, words):
 def test_attention_without_two_products_is_an_error():
     model = adapt(Bare(), **CONFIG)
     layer = model.base_model.model.blocks[0].attn
-    with pytest.raises(RuntimeError, match="has not computed its attention as expected"):
+    layer.site = replace(layer.site, way_in=ThroughTorchFunctions(ProductsMode, "Nothing"))
+    with pytest.raises(RuntimeError, match="Nothing has not computed its attention as expected"):
         intercepted(layer, nn.Identity())(torch.randn(2, 5, 8))
 
 

@@ -10,7 +10,8 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from e2vpt_peft import E2VPTConfig
-from e2vpt_peft.attention import PREFIX_ATTENTION, extend_mask
+from e2vpt_peft.attention.interface import PREFIX_ATTENTION
+from e2vpt_peft.attention.mask import extend_mask
 
 from ..support.models import TINY_MODELS, images, tiny_vit
 from ..support.prompted import with_prompts
@@ -135,7 +136,9 @@ def test_masks_are_extended_in_the_layout_of_each_implementation(position):
     columns = list(range(position)) + list(range(position + 2, 7))
 
     def extended(mask, implementation, visible=None, insert_queries=False):
-        return extend_mask(mask, 2, visible, states, 5, implementation, position, insert_queries)
+        return extend_mask(
+            mask, 2, states, 5, implementation, visible=visible, position=position, insert_queries=insert_queries
+        )
 
     assert extended(None, "sdpa") is None
     boolean = torch.rand(2, 1, 5, 5) > 0.5

@@ -14,8 +14,8 @@ from peft import PeftModel, get_peft_model
 from e2vpt_peft import E2VPTConfig
 
 from ..support.models import prompt_parameters
-from ..trainer.toy import arguments
 from ..support.zoo import WAVES, WORDS
+from ..trainer.toy import arguments
 
 IGNORED = -100  # the label of padding, which no loss counts
 

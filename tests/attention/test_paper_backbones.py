@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from e2vpt_peft import E2VPTConfig, E2VPTLayer, prune_prompts, rewind_prompts, score_prompts
 
 from ..support.models import prompt_parameters, randomized
-from ..trainer.toy import arguments
 from ..support.zoo import IMAGE, MAE, SWIN
+from ..trainer.toy import arguments
 
 COUNTS: dict[str, Any] = {"num_visual_prompts": 4, "num_kv_prompts": 2}
 

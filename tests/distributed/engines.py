@@ -14,11 +14,10 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from e2vpt_peft import score_prompts
-from e2vpt_peft.trainer.snapshot import take_snapshot
 
 from ..trainer.distributed import search
 from ..trainer.interrupted import Events, Interruption
-from ..trainer.toy import TRAIN
+from ..trainer.toy import TRAIN, taken
 from .on_cpu import allow_shards_on_cpu, engine
 from .train import train
 
@@ -65,7 +64,7 @@ if __name__ == "__main__":
             (folder / f"interrupted{PartialState().process_index}").touch()
     metrics = trainer.evaluate()
     trainer.save_model(str(folder / "search" / "result"))
-    snapshot = take_snapshot(trainer.model, "default")
+    snapshot = taken(trainer.model)
     save_file(snapshot, folder / "search" / f"rank{PartialState().process_index}.safetensors")
     if PartialState().is_main_process:
         (folder / "search" / "engines").write_text(" ".join(sorted(Engines.seen)))

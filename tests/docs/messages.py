@@ -15,6 +15,10 @@ PROTOCOL_ERRORS = {"AttributeError"}
 """Errors by which Python's own protocols work, seen by nobody."""
 
 
+PREFIXES = {"NotAdaptable": "target_modules matches '…' (…), "}
+"""What errors of the package's own put in front of what they are given."""
+
+
 def error_messages() -> dict[str, str]:
     """From each message that is raised to a place where it is."""
     trees = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
@@ -37,7 +41,8 @@ def error_messages() -> dict[str, str]:
                 if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node not in seen:
                     seen.add(node)
                     if ast.unparse(node.exc.func) not in PROTOCOL_ERRORS:
-                        message = _text(node.exc.args[0], known, returned)
+                        prefix = PREFIXES.get(ast.unparse(node.exc.func), "")
+                        message = prefix + _text(node.exc.args[-1], known, returned)
                         found[re.sub(r"…+", "…", message)] = f"{path.relative_to(ROOT)}:{node.lineno}"
     return found
 

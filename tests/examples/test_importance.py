@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from e2vpt_peft import score_prompts
-from e2vpt_peft.importance import SCORING_METHODS
+from e2vpt_peft.pruning import SCORING_METHODS
 
 pytest.importorskip("sklearn")
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from e2vpt_peft import prune_prompts, score_prompts
-from e2vpt_peft.pruning import select
+from e2vpt_peft.masks import select
 
 from .test_forward import golden_model, load
 

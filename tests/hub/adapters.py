@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from ..support.models import tiny_vit
 from ..peft_contract.common import adapted, logits
+from ..support.models import tiny_vit
 
 
 def push(

@@ -9,8 +9,8 @@ import torch
 
 from e2vpt_peft import prune_prompts
 
-from ..support.models import tiny_vit
 from ..peft_contract.common import adapted, logits
+from ..support.models import tiny_vit
 from .adapters import load, push
 from .client import HubClient, RaisedInClient
 from .server import HubServer

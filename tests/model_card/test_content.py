@@ -147,9 +147,9 @@ class TestWhatACardSays:
 
     def test_mistakes(self, tmp_path: Path) -> None:
         folder = tmp_path / "adapter"
-        with pytest.raises(ValueError, match="adapter_name='other' is no E²VPT adapter of this model"):
+        with pytest.raises(ValueError, match="adapter_name='other' is no E2VPT adapter of this model"):
             write_model_card(adapted(), folder, adapter_name="other")
-        with pytest.raises(ValueError, match="adapter_name=None is no E²VPT adapter"):
+        with pytest.raises(ValueError, match="adapter_name is needed: the active E2VPT adapters are"):
             write_model_card(get_peft_model(tiny_vit(), LoraConfig(target_modules=["q_proj"])), folder)
         with pytest.raises(TypeError, match="datasett"):
             write_model_card(adapted(), folder, datasett="cifar100")

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 
 from e2vpt_peft import E2VPTConfig, E2VPTModel
-from e2vpt_peft.layouts import former_names
+from e2vpt_peft.loading.former_names import former_names
 
 from ..support.models import TINY_MODELS, prompt_parameters, tiny_vit
 from .common import KINDS, adapted, assert_unchanged, layers_of, logits, move_heads, small_config, snapshot

@@ -73,14 +73,14 @@ def test_an_adapter_with_pruned_segments_is_one_with_zeros_there(depth):
 def test_pruned_segments_stay_zero_under_training_with_weight_decay(depth):
     model = adapted(depth)
     prune_prompts(model, scores(), token_rate=0.5, segment_rate=0.5)
-    before = layers_of(model)[0].visual_prompts("default")
+    before = layers_of(model)[0].full_prompts("default")
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.1, weight_decay=0.5)
     model.train()
     for _ in range(3):
         model(pixel_values=images(), labels=torch.tensor([0, 1, 2])).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    after = layers_of(model)[0].visual_prompts("default")
+    after = layers_of(model)[0].full_prompts("default")
     assert torch.equal(after == 0, before == 0)
     assert int((after == 0).sum()) == 3 * 32 + 3 * 16
     assert not torch.equal(after, before)
@@ -309,7 +309,7 @@ def test_loading_a_checkpoint_of_the_same_run_keeps_the_initial_values(tmp_path)
     model.load_adapter(tmp_path, "default", is_trainable=True)
     rewind_prompts(model)
     for layer, initial in zip(layers_of(model), rewind_to):
-        assert torch.equal(layer.visual_prompts("default"), initial)
+        assert torch.equal(layer.full_prompts("default"), initial)
 
 
 def test_initial_values_are_in_no_state_dict_and_go_with_the_adapter():

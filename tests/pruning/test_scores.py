@@ -8,13 +8,15 @@ import torch
 from peft import get_peft_model
 from torch.utils.data import DataLoader
 
-from e2vpt_peft import E2VPTConfig, importance, prune_prompts, score_prompts
-from e2vpt_peft.importance import SCORING_METHODS
+from e2vpt_peft import E2VPTConfig, prune_prompts, score_prompts
+from e2vpt_peft.pruning import SCORING_METHODS, segment_removal
+from e2vpt_peft.pruning.gradients import gradients_of
+from e2vpt_peft.running_pass import RunningPass, running, running_pass
 
+from ..attention.test_architectures import adapt, inputs, make
 from ..support.models import images, tiny_vit
 from ..support.prompted import with_prompts
 from ..support.reference import random_prompts
-from ..attention.test_architectures import adapt, inputs, make
 
 all_methods = pytest.mark.parametrize("method", SCORING_METHODS)
 LABELS = torch.tensor([0, 1, 2, 3])
@@ -76,7 +78,7 @@ def test_an_error_while_scoring_leaves_the_model_as_it_was():
     with pytest.raises(ValueError, match="no loss for a batch of"):
         score_prompts(model, [{"pixel_values": images()}], progress_bar=False)
     assert model.training
-    assert all(layer.attention.prefix_hook is None for layer in model.base_model.model.vit.layers)
+    assert running_pass() == RunningPass()
 
 
 @all_methods
@@ -123,21 +125,18 @@ def test_the_default_agrees_with_leaving_out_for_small_segments(shallow):
 def changes_by_definition(model, batch, segments=8):
     """The loss at logits that move by their derivatives with respect to keys and values, sample by sample."""
     layers = [layer.attention for layer in model.base_model.model.vit.layers]
-    prompts = [layer.dense_visual_prompts("default").detach() for layer in layers]
-    rows = [torch.stack(layer.keys_and_values(tokens)).detach() for layer, tokens in zip(layers, prompts)]
+    prompts = [layer.kept_prompts("default").detach() for layer in layers]
+    rows = [torch.stack(layer.project_prompts(tokens)).detach() for layer, tokens in zip(layers, prompts)]
 
     def logits(image, moved):
-        for layer, (keys, values) in zip(layers, moved):
+        moved = dict(zip(layers, moved))
 
-            def hook(prefix, batch_size, keys=keys, values=values):
-                whole = [torch.cat([new[None], old[:, len(new) :]], 1) for new, old in zip((keys, values), prefix[:2])]
-                return prefix._replace(keys=whole[0], values=whole[1])
+        def move(layer, prefix, batch_size):
+            whole = [torch.cat([new[None], old[:, len(new) :]], 1) for new, old in zip(moved[layer], prefix[:2])]
+            return prefix._replace(keys=whole[0], values=whole[1])
 
-            layer.prefix_hook = hook
-        result = model(pixel_values=image[None]).logits[0]
-        for layer in layers:
-            layer.prefix_hook = None
-        return result
+        with running(edit_prefix=move):
+            return model(pixel_values=image[None]).logits[0]
 
     changes = torch.zeros(len(prompts[0]), segments, dtype=torch.float64)
     for image, label in zip(batch["pixel_values"], batch["labels"]):
@@ -148,7 +147,7 @@ def changes_by_definition(model, batch, segments=8):
             for layer, tokens, here, derivative in zip(layers, prompts, rows, jacobian):
                 without = tokens.clone()
                 without[token, segment::segments] = 0
-                difference = torch.stack(layer.keys_and_values(without)).detach() - here
+                difference = torch.stack(layer.project_prompts(without)).detach() - here
                 step += (derivative * difference).flatten(1).sum(1)
             losses = [torch.nn.functional.cross_entropy(value, label) for value in (at + step, at)]
             changes[token, segment] += (losses[0] - losses[1]) / len(batch["labels"])
@@ -166,7 +165,7 @@ def test_of_many_classes_the_likeliest_and_the_label_are_followed(monkeypatch):
     model = prompted()
     batch = double(data())
     every = score_prompts(model, batch, "removal", progress_bar=False).segments
-    monkeypatch.setattr(importance, "MOST_CLASSES", 3)
+    monkeypatch.setattr(segment_removal, "MOST_CLASSES", 3)
     some = score_prompts(model, batch, "removal", progress_bar=False).segments
     assert not torch.equal(some, every)
     assert torch.corrcoef(torch.stack([some.flatten(), every.flatten()]))[0, 1] > 0.9
@@ -200,20 +199,15 @@ def test_the_attention_gate_is_the_derivative_of_the_loss_by_a_bias_on_attention
     model = prompted()
     batch = double(data(1))
     scores = score_prompts(model, batch, "attention_gate", progress_bar=False)
-    layers = [layer.attention for layer in model.base_model.model.vit.layers]
 
     def loss(token, step):
-        def hook(prefix, batch_size):
+        def edit(layer, prefix, batch_size):
             bias = torch.zeros(1, prefix.keys.shape[1], dtype=torch.float64)
             bias[0, token] = step
-            return prefix._replace(visible=bias)
+            return prefix._replace(bias=bias)
 
-        for layer in layers:
-            layer.prefix_hook = hook
-        value = model(**batch[0]).loss.item()
-        for layer in layers:
-            layer.prefix_hook = None
-        return value
+        with running(edit_prefix=edit):
+            return model(**batch[0]).loss.item()
 
     for token in range(4):
         numeric = (loss(token, 1e-5) - loss(token, -1e-5)) / 2e-5
@@ -261,14 +255,14 @@ def test_small_gradients_survive_float16():
     loss = values.half().float().sum() * 1e-9
     (vanished,) = torch.autograd.grad(loss, [values], retain_graph=True)
     assert vanished.count_nonzero() == 0
-    (gradient,) = importance._gradients(loss, [values])
+    (gradient,) = gradients_of(loss, [values])
     torch.testing.assert_close(gradient, torch.full((3,), 1e-9, dtype=torch.float64), rtol=1e-2, atol=0)
 
 
 def test_gradients_that_are_too_large_when_scaled_are_computed_with_a_smaller_scale():
     values = torch.ones(3, requires_grad=True)
     loss = (values.half().float() * 30000).sum()
-    (gradient,) = importance._gradients(loss, [values])
+    (gradient,) = gradients_of(loss, [values])
     torch.testing.assert_close(gradient, torch.full((3,), 30000.0, dtype=torch.float64), rtol=1e-3, atol=0)
 
 

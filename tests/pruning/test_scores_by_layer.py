@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from e2vpt_peft import prune_prompts, score_prompts, score_prompts_by_layer
-from e2vpt_peft.importance import prompted_layers
+from e2vpt_peft.adapter import PromptedAdapter
 
 from .test_scores import LABELS, data, double, prompted
 
@@ -40,10 +40,11 @@ def test_a_token_is_left_out_of_one_layer_only(shallow):
     scores = score_prompts_by_layer(model, [batch], progress_bar=False)
     with torch.no_grad():
         loss = model(**batch).loss
-        name, layers = prompted_layers(model)
-        layer = [layer for layer in layers if name in layer.e2vpt_visual_prompts][-1]
-        prompts = layer.e2vpt_visual_prompts[name]
-        layer.e2vpt_visual_prompts[name] = torch.nn.Parameter(prompts[[0, 1, 3]])
+        if shallow:  # in one layer they are left out of all
+            prune_prompts(model, token_mask=[True, True, False, True])
+        else:
+            prompts = PromptedAdapter.find(model).layers[-1].e2vpt_visual_prompts
+            prompts["default"] = torch.nn.Parameter(prompts["default"][[0, 1, 3]])
         without = model(**batch).loss
     torch.testing.assert_close(scores.tokens[-1, 2], without - loss)
 

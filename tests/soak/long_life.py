@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from ..support.models import tiny_vit
 from ..peft_contract.common import KINDS, adapted, assert_unchanged, logits, snapshot
+from ..support.models import tiny_vit
 
 WARM_UP = 200
 """Rounds before memory is looked at, in which caches and the pools of the allocator fill."""

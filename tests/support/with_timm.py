@@ -10,10 +10,10 @@ from timm.layers import set_fused_attn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from e2vpt_peft import E2VPTConfig, check_prefix
-from e2vpt_peft.interception import ProductsMode
+from e2vpt_peft.attention.interception import ProductsMode
 
-from .models import images, prompt_parameters, randomized
 from ..attention.test_architectures import PROMPTS, adapt, adapted_layers
+from .models import images, prompt_parameters, randomized
 
 VITS = {
     "vit_tiny_patch16_224": {"img_size": 32},
@@ -78,7 +78,7 @@ def test_attention_without_fusion_gives_the_same():
     finally:
         set_fused_attn(True)
     written_out.load_state_dict(fused.state_dict())
-    assert all(layer.site.interception is ProductsMode for layer in adapted_layers(written_out).values())
+    assert all(layer.site.way_in.mode is ProductsMode for layer in adapted_layers(written_out).values())
     torch.testing.assert_close(written_out(images(2, 32)), fused(images(2, 32)), rtol=1e-5, atol=1e-5)
 
 

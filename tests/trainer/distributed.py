@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from e2vpt_peft.trainer.snapshot import take_snapshot
-
 from .interrupted import Events
-from .toy import adapted, make_trainer, pruning
+from .toy import adapted, make_trainer, pruning, taken
 
 
 def search(folder: str, seed: int, processes: int, events: Events, use_cpu: bool = True) -> Any:
@@ -41,4 +39,4 @@ if __name__ == "__main__":
     assert trainer.args.world_size == 2
     trainer.train(resume_from_checkpoint=bool(int(resume)))
     trainer.save_model(str(Path(target) / "result"))
-    save_file(take_snapshot(trainer.model, "default"), Path(target) / f"rank{rank}.safetensors")
+    save_file(taken(trainer.model), Path(target) / f"rank{rank}.safetensors")

@@ -17,7 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from e2vpt_peft import E2VPTTrainer
-from e2vpt_peft.trainer import files
+from e2vpt_peft.utils import files
 
 from . import toy
 

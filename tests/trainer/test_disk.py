@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from e2vpt_peft.trainer.files import SAVING, whole_files, write_atomically
+from e2vpt_peft.utils.files import SAVING, whole_files, write_atomically
 
 from ..support.models import tiny_vit
 from .test_trainer import Trainings, same, snapshot

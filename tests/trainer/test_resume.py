@@ -11,11 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from e2vpt_peft import rewind_prompts
-from e2vpt_peft.trainer.snapshot import take_snapshot
 
 from .interrupted import Events, Interruption, start
 from .test_trainer import Trainings, same, snapshot
-from .toy import adapted, make_trainer, pruning
+from .toy import adapted, make_trainer, pruning, taken
 
 
 def interrupt():
@@ -74,7 +73,7 @@ def test_a_search_that_is_interrupted_again_and_again_comes_out_the_same(tmp_pat
     assert results(tmp_path) == results(folder)
     same(snapshot(trainer), expected, 1e-6)
     rewind_prompts(trainer.model, undo_pruning=True)
-    same(take_snapshot(trainer.model, "default"), take_snapshot(adapted(), "default"))
+    same(taken(trainer.model), taken(adapted()))
 
 
 def test_halving_from_fresh_values_is_resumed_as_well(tmp_path, uninterrupted):

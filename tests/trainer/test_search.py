@@ -6,32 +6,33 @@ import pytest
 import torch
 
 from e2vpt_peft import PromptScores, PruningConfig
+from e2vpt_peft.adapter import PromptedAdapter
+from e2vpt_peft.masks import PromptMasks
 from e2vpt_peft.trainer.search import Candidate, choose, list_candidates, plan_rounds, ranked, search
-from e2vpt_peft.trainer.snapshot import restore_snapshot, take_snapshot
 
-from .toy import adapted
+from .toy import adapted, taken
 
 
 def candidate(name, metric=None, parameters=10):
-    return Candidate(name, torch.ones(1, dtype=torch.bool), torch.ones(1, 1, dtype=torch.bool), parameters, [], metric)
+    masks = PromptMasks(torch.ones(1, dtype=torch.bool), torch.ones(1, 1, dtype=torch.bool))
+    return Candidate(name, masks, parameters, [], metric)
 
 
 def test_rates_that_keep_the_same_prompts_are_one_candidate():
     model = adapted()
-    before = take_snapshot(model, "default")
+    before = taken(model)
     scores = PromptScores(torch.arange(4.0), torch.rand(4, 4))
     config = PruningConfig(token_rates=[0.1, 0.25, 0.3, 0.9], segment_rates=[0.0, 0.2, 0.9], min_tokens=2)
-    reference, candidates = list_candidates(model, scores, config, "default")
+    reference, candidates = list_candidates(PromptedAdapter.find(model), scores, config)
     assert reference.rates == [(0.0, 0.0), (0.1, 0.0), (0.1, 0.2)]
     assert [c.rates[0] for c in candidates] == [(0.1, 0.9), (0.25, 0.0), (0.25, 0.9), (0.9, 0.0), (0.9, 0.9)]
     assert candidates[1].rates == [(0.25, 0.0), (0.25, 0.2), (0.3, 0.0), (0.3, 0.2)]
-    assert [int(c.token_mask.sum()) for c in candidates] == [4, 3, 3, 2, 2]
-    assert [int(c.segment_mask.sum()) for c in candidates] == [4, 12, 3, 8, 2]
+    assert [c.masks.num_tokens for c in candidates] == [4, 3, 3, 2, 2]
+    assert [c.masks.num_segments for c in candidates] == [4, 12, 3, 8, 2]
     kv = 2 * 4 * 2 * 8
     assert [c.parameters - kv for c in candidates] == [2 * 8 * n for n in (4, 12, 3, 8, 2)]
     assert reference.parameters - kv == 2 * 4 * 32
-    restore_snapshot(model, "default", before)
-    after = take_snapshot(model, "default")
+    after = taken(model)
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 

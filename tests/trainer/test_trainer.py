@@ -13,10 +13,9 @@ from peft import PeftModel
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, set_seed
 
 from e2vpt_peft import E2VPTConfig, prune_prompts, rewind_prompts, score_prompts
-from e2vpt_peft.trainer.snapshot import take_snapshot
 
 from ..support.models import images, tiny_vit
-from .toy import TRAIN, VALIDATION, accuracy, adapted, arguments, make_trainer, pruning
+from .toy import TRAIN, VALIDATION, accuracy, adapted, arguments, make_trainer, pruning, taken
 
 
 class Trainings(TrainerCallback):
@@ -45,7 +44,7 @@ def same(first, second, tolerance=0.0):
 
 
 def snapshot(trainer):
-    return take_snapshot(trainer.model, "default")
+    return taken(trainer.model)
 
 
 def size_preferred(sign):
@@ -145,12 +144,12 @@ def test_a_candidate_is_what_pruning_by_hand_gives(run, tmp_path):
         return plain
 
     plain = train()
-    same(take_snapshot(model, "default"), trainer._search_state.tensors("tune"))
+    same(taken(model), trainer._search_state.tensors("tune"))
     scores = score_prompts(model, plain.get_test_dataloader(TRAIN), progress_bar=False)
     prune_prompts(model, scores, token_rate=0.25, segment_rate=0.5)
     rewind_prompts(model)
     train()
-    same(take_snapshot(model, "default"), trainer._search_state.tensors("candidate-2"))
+    same(taken(model), trainer._search_state.tensors("candidate-2"))
 
 
 def test_the_result_saves_loads_and_rewinds_to_the_initial_values(run, tmp_path):
@@ -160,7 +159,7 @@ def test_the_result_saves_loads_and_rewinds_to_the_initial_values(run, tmp_path)
     model = copy.deepcopy(trainer.model).eval()
     assert torch.equal(loaded(pixel_values=images()).logits, model(pixel_values=images()).logits)
     rewind_prompts(model, undo_pruning=True)
-    same(take_snapshot(model, "default"), take_snapshot(adapted(), "default"))
+    same(taken(model), taken(adapted()))
 
 
 def test_arguments_and_other_files_are_left_alone(tmp_path):
@@ -278,7 +277,7 @@ def test_the_best_checkpoint_and_early_stopping_work_in_every_phase(tmp_path):
         *during, after = trainings.accuracies[row["phase"]]
         assert row["metric"] == after == max(during)
     rewind_prompts(trainer.model, undo_pruning=True)
-    same(snapshot(trainer), take_snapshot(adapted(), "default"))
+    same(snapshot(trainer), taken(adapted()))
 
 
 def test_fresh_values_are_the_same_for_every_candidate_and_not_the_saved_ones(tmp_path, run):
@@ -286,7 +285,7 @@ def test_fresh_values_are_the_same_for_every_candidate_and_not_the_saved_ones(tm
 
     class Starts(TrainerCallback):
         def on_train_begin(self, args, state, control, model, **kwargs):
-            starts[args.output_dir.rpartition("/")[2]] = model.base_model.model.vit.layers[0].attention.visual_prompts(
+            starts[args.output_dir.rpartition("/")[2]] = model.base_model.model.vit.layers[0].attention.full_prompts(
                 "default"
             )
 

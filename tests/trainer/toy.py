@@ -11,6 +11,8 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
 from e2vpt_peft import E2VPTConfig, E2VPTTrainer, PruningConfig
+from e2vpt_peft.adapter import PromptedAdapter
+from e2vpt_peft.pruning import AdapterSnapshot
 
 from ..support.models import tiny_vit
 
@@ -44,6 +46,11 @@ def adapted(seed: int = 0, **config: Any) -> PeftModel:
         "modules_to_save": ["classifier"],
     }
     return get_peft_model(tiny_vit(num_hidden_layers=2), E2VPTConfig(**{**defaults, **config}))  # type: ignore
+
+
+def taken(model: PeftModel) -> dict[str, torch.Tensor]:
+    """A snapshot of the model's adapter, as tensors."""
+    return AdapterSnapshot.of(PromptedAdapter.find(model)).to_tensors()
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

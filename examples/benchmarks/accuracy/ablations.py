@@ -5,7 +5,7 @@ Where the default is one of the variants, it has the name it has among the metho
 
 from __future__ import annotations
 
-from e2vpt_peft.importance import SCORING_METHODS
+from e2vpt_peft.pruning import SCORING_METHODS
 
 from .methods import METHODS, Method, Pruning, choose, e2vpt
 

@@ -1,10 +1,8 @@
-"""Different adapters in one batch: which adapter each sample of the running forward pass goes through."""
+"""Different adapters in one batch: which adapter each sample goes through."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Optional
 
 import torch
@@ -90,32 +88,3 @@ class Route:
 
     def _index(self, batch_size: int, device: torch.device) -> torch.Tensor:
         return self.index.to(device).repeat_interleave(batch_size // len(self.index))
-
-
-class _RunningPass(threading.local):
-    """What is known of the forward pass that is running in this thread.
-
-    A thread-local object rather than a context variable, because `torch.compile` traces the one and not the other.
-    """
-
-    def __init__(self) -> None:
-        self.route: Optional[Route] = None
-
-
-_running = _RunningPass()
-
-
-def current_route() -> Optional[Route]:
-    """The route of the running forward pass; `None` if all samples go through the active adapters."""
-    return _running.route
-
-
-@contextmanager
-def route_samples(sample_adapters: Sequence[str], device: Optional[torch.device] = None) -> Iterator[None]:
-    """Send each sample of the forward passes in this context, and in this thread, through its own adapter."""
-    outer = _running.route
-    _running.route = Route(sample_adapters, device)
-    try:
-        yield
-    finally:
-        _running.route = outer

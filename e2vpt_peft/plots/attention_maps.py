@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
-from ..layer import E2VPTLayer
-from ..modes import evaluating
+from ..adapter import PromptedAdapter
+from ..utils.modes import evaluating
 from .figure import new_figure, number_axis
 
 if TYPE_CHECKING:
@@ -41,12 +41,12 @@ def plot_attention_to_prompts(model: nn.Module, inputs: Mapping[str, Any]) -> Fi
         ```
     """
     maps = _attention_maps(model, inputs)
-    kinds = [kind for kind in ("visual", "key-value") if any(getattr(m, _FIELDS[kind]).numel() for m in maps)]
+    kinds = [kind for kind in ("visual", "key-value") if any(m.to_prompts[kind].numel() for m in maps)]
     sources = [("class token", True), ("patches", False)] if maps[0].special else [("patches", False)]
     figure = new_figure(1.2 + 2.6 * len(kinds), 0.8 + (0.6 + 0.24 * len(maps)) * len(sources))
     grid = figure.subplots(len(sources), len(kinds), sharex=True, sharey=True, squeeze=False)
     for column, kind in enumerate(kinds):
-        shares = [torch.stack([m.share(_FIELDS[kind], special) for m in maps]) for _, special in sources]
+        shares = [torch.stack([m.share(kind, special) for m in maps]) for _, special in sources]
         most = max(float(share.max()) for share in shares)  # one scale, so that the two can be compared
         for axes, share, (source, _) in zip(grid[:, column], shares, sources):
             image = axes.imshow(share.numpy(), cmap="viridis", vmin=0, vmax=most, aspect="auto")
@@ -95,7 +95,8 @@ def plot_attention_on_image(model: nn.Module, inputs: Mapping[str, Any], layer: 
         raise ValueError(f"{looking.shape[-1]} patches make no grid of the shape {tuple(images.shape[-2:])}.")
     looking = looking.unflatten(-1, (height, width))
     looking = torch.cat([looking.mean(1, keepdim=True), looking], 1)
-    to_prompts = (maps.visual.sum(-1) + maps.key_value.sum(-1))[:, :, : maps.special or None].mean(2)
+    prompts = torch.cat(list(maps.to_prompts.values()), -1)
+    to_prompts = prompts.sum(-1)[:, :, : maps.special or None].mean(2)
     to_prompts = torch.cat([to_prompts.mean(1, keepdim=True), to_prompts], 1)
 
     columns = looking.shape[1] + 1
@@ -121,30 +122,35 @@ def plot_attention_on_image(model: nn.Module, inputs: Mapping[str, Any], layer: 
 
 
 class _Maps(NamedTuple):
-    """The attention weights of one layer, (images, heads, tokens of the image, ...), by what is attended to."""
+    """The attention weights of one layer, by what is attended to.
 
-    visual: torch.Tensor
-    key_value: torch.Tensor
+    Attributes:
+        to_prompts (`dict[str, torch.Tensor]`):
+            By the kind of prompts, (images, heads, tokens of the image, prompts). The tokens are the special ones,
+            the patches, and those behind them.
+        patches (`torch.Tensor`): (images, heads, tokens of the image, patches).
+        special (`int`): The number of special tokens.
+    """
+
+    to_prompts: dict[str, torch.Tensor]
     patches: torch.Tensor
     special: int
 
-    def share(self, field: str, is_special: bool) -> torch.Tensor:
-        """The mean share that each head pays, by the special tokens or by the patches."""
-        rows = slice(None, self.special) if is_special else slice(self.special, None)
-        return getattr(self, field)[:, :, rows].sum(-1).mean((0, 2))
-
-
-_FIELDS = {"visual": "visual", "key-value": "key_value"}
+    def share(self, kind: str, is_special: bool) -> torch.Tensor:
+        """The mean share that each head pays to prompts, by the special tokens or by the patches, (heads,)."""
+        rows = slice(None, self.special) if is_special else slice(self.special, self.special + self.patches.shape[-1])
+        return self.to_prompts[kind][:, :, rows].sum(-1).mean((0, 2))
 
 
 @torch.no_grad()
 def _attention_maps(model: nn.Module, inputs: Mapping[str, Any]) -> list[_Maps]:
-    layers = [module for module in model.modules() if isinstance(module, E2VPTLayer)]
-    active = sorted({name for layer in layers for name in layer.active_adapters if name in layer.adapter_configs})
-    if len(active) != 1:
-        raise ValueError(f"Plots of attention need one active E2VPT adapter, but there are {len(active)}: {active}.")
-    config = layers[0].adapter_configs[active[0]]
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    adapter = PromptedAdapter.find(model)
+    base = adapter.backbone
+    if not isinstance(base, PreTrainedModel):
+        raise ValueError(
+            f"{type(base).__name__} is no model of transformers, which could be asked for its attention weights: "
+            "there is nothing to plot."
+        )
     implementation = base.config._attn_implementation
     try:
         base.set_attn_implementation("eager")  # the only one that returns its weights
@@ -154,20 +160,25 @@ def _attention_maps(model: nn.Module, inputs: Mapping[str, Any]) -> list[_Maps]:
         base.set_attn_implementation(implementation)
     if not weights:
         raise ValueError(f"{type(base).__name__} returns no attention weights: there is nothing to plot.")
-    kept = config.num_visual_prompts if config.token_mask is None else sum(config.token_mask)
-    special = layers[0].site.num_special_tokens or 0
-    return [_split(w.float().cpu(), kept, special, config.visual_prompt_depth == "shallow") for w in weights]
+    # Layers further on may have more tokens, queries of a mask head for example: they are in front, too.
+    length = weights[0].shape[-2]
+    return [
+        _split(layer_weights.float().cpu(), adapter, layer_weights.shape[-2] - length) for layer_weights in weights
+    ]
 
 
-def _split(weights: torch.Tensor, kept: int, special: int, is_shallow: bool) -> _Maps:
+def _split(weights: torch.Tensor, adapter: PromptedAdapter, more_special: int) -> _Maps:
     """Attention maps begin with the prefix; shallow prompts are tokens behind the special ones."""
-    prefix = weights.shape[-1] - weights.shape[-2]
-    if not is_shallow:
-        deep = kept if prefix else 0
-        visual, key_value, tokens = weights.split([deep, prefix - deep, weights.shape[-2]], -1)
-        return _Maps(visual, key_value, tokens[..., special:], special)
-    weights = torch.cat([weights[:, :, :special], weights[:, :, special + kept :]], 2)
-    key_value, _, visual, patches = weights.split(
-        [prefix, special, kept, weights.shape[-1] - prefix - special - kept], -1
+    site, kept = adapter.layers[0].site, adapter.masks.num_tokens
+    prefix, special = weights.shape[-1] - weights.shape[-2], site.num_special_tokens + more_special
+    if adapter.is_shallow:
+        weights = torch.cat([weights[:, :, :special], weights[:, :, special + kept :]], 2)
+        deep, inserted = 0, kept
+    else:
+        deep, inserted = kept if prefix else 0, 0
+    patches = weights.shape[-1] - prefix - special - inserted - site.num_tokens_behind
+    visual, key_value, _, shallow, to_patches, _ = weights.split(
+        [deep, prefix - deep, special, inserted, patches, site.num_tokens_behind], -1
     )
-    return _Maps(visual, key_value, patches, special)
+    visual = shallow if adapter.is_shallow else visual
+    return _Maps({"visual": visual, "key-value": key_value}, to_patches, special)

@@ -1,18 +1,22 @@
-"""Whether an adapter fits a model: its name, and the backbone that it was made for."""
+"""Whether an adapter fits a model: its name, its targets, the backbone that it was made for, and its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Optional
 
 import torch
 from torch import nn
 
-from .adapter_file import NOTHING_LOADED, check_finite, is_prompt
-from .architectures import AttentionSite
-from .config import E2VPTConfig
-from .layer import E2VPTLayer
-from .routing import BASE_MODEL
+from ..adapter import adapter_names
+from ..adapter_file import NOTHING_LOADED, check_finite, is_prompt
+from ..attention.site import AttentionSite
+from ..attention.tokens import find_stack
+from ..config import E2VPTConfig
+from ..layer import E2VPTLayer
+from ..prompt_shapes import sizes_in
+from ..route import BASE_MODEL
 
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts in front of the names of parameters in a saved adapter."""
@@ -38,7 +42,7 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
         out whatever is in that part when it saves them.
     """
     refusal = f"adapter_name={adapter_name!r} "
-    if any(isinstance(layer, E2VPTLayer) and adapter_name in layer.adapter_configs for layer in model.modules()):
+    if adapter_name in adapter_names(model):
         raise ValueError(refusal + "is the name of an adapter that the model has already.")
     if adapter_name == BASE_MODEL:
         raise ValueError(refusal + "stands for the model without an adapter: choose another name.")
@@ -71,6 +75,92 @@ def _names_of_parts(model: nn.Module) -> set[str]:
     return names
 
 
+def check_model(
+    config: E2VPTConfig,
+    model: nn.Module,
+    sites: Mapping[str, AttentionSite],
+    is_target: Callable[[E2VPTConfig, str], bool],
+) -> None:
+    """Refuse an adapter that a model cannot take, and note in its configuration for which backbone it is made.
+
+    Args:
+        config ([`E2VPTConfig`]): The adapter's configuration.
+        model (`nn.Module`): The model, with the adapters that it has.
+        sites (`Mapping[str, AttentionSite]`): The self-attention modules to adapt, by their names.
+        is_target (`Callable`): Whether a configuration adapts the module of that name.
+
+    Raises:
+        ValueError: It cannot. Nothing has been changed.
+    """
+    check_modules_to_save(model, config.modules_to_save)
+    names = [name for name, _ in model.named_modules() if name and ".base_layer" not in name]
+    in_any_layer = replace(config, layers_to_transform=None, layers_pattern=None)
+    num_layers = sum(is_target(in_any_layer, name) for name in names)
+    if num_layers:  # otherwise PEFT complains about the targets
+        backbone = describe_backbone(list(sites.values()), num_layers)
+        check_backbone_sizes(config, backbone)
+        config.backbone = backbone
+    _check_segments(config, sites)
+    _check_layers_to_transform(config, names, is_target)
+    if config.visual_prompt_depth == "shallow" and config.num_visual_prompts:
+        _check_tokens_can_be_inserted(model, sites)
+
+
+def check_modules_to_save(model: nn.Module, modules_to_save: Optional[Sequence[str]]) -> None:
+    """Refuse `modules_to_save` that cannot be trained.
+
+    Raises:
+        ValueError: One of them is quantised.
+    """
+    for name, module in model.named_modules():
+        if not any(name.endswith(ending) for ending in modules_to_save or []):  # as PEFT finds them
+            continue
+        if not all(parameter.is_floating_point() for parameter in module.parameters()):
+            raise ValueError(
+                f"modules_to_save={list(modules_to_save or [])} includes '{name}', which is quantised and cannot be "
+                f"trained. Load the model without quantising it: for bitsandbytes, "
+                f"BitsAndBytesConfig(..., llm_int8_skip_modules=['{name.rpartition('.')[2]}'])."
+            )
+
+
+def _check_segments(config: E2VPTConfig, sites: Mapping[str, AttentionSite]) -> None:
+    for name, site in sites.items():
+        if config.num_visual_prompts and site.hidden_size % config.num_segments:
+            raise ValueError(
+                f"num_segments={config.num_segments} does not divide the hidden size {site.hidden_size} of "
+                f"'{name}': choose a divisor of {site.hidden_size}."
+            )
+
+
+def _check_layers_to_transform(
+    config: E2VPTConfig, names: Sequence[str], is_target: Callable[[E2VPTConfig, str], bool]
+) -> None:
+    requested = config.layers_to_transform
+    for index in [requested] if isinstance(requested, int) else requested or []:
+        only = replace(config, layers_to_transform=[index])
+        if not any(is_target(only, name) for name in names):
+            raise ValueError(
+                f"layers_to_transform={requested!r}: there is no layer {index} among the modules that "
+                "target_modules matches. Layers are counted from 0."
+            )
+
+
+def _check_tokens_can_be_inserted(model: nn.Module, sites: Mapping[str, AttentionSite]) -> None:
+    for name, site in sites.items():
+        if not site.takes_tokens:
+            raise ValueError(
+                f"visual_prompt_depth='shallow': no tokens can be inserted in front of '{name}' "
+                f"({type(site.attention).__name__}), whose windows or positions would not fit. Use "
+                "visual_prompt_depth='deep'."
+            )
+    stacks = {id(find_stack(model, name)[0]) for name in sites}
+    if len(stacks) > 1:
+        raise ValueError(
+            f"visual_prompt_depth='shallow': the targets {list(sites)} stand in {len(stacks)} stacks of layers, but "
+            "shallow prompts go through one. Narrow target_modules, or use visual_prompt_depth='deep'."
+        )
+
+
 def describe_backbone(sites: Sequence[AttentionSite], num_layers: int) -> dict[str, Any]:
     """The sizes of a backbone that an adapter depends on.
 
@@ -89,7 +179,7 @@ def describe_backbone(sites: Sequence[AttentionSite], num_layers: int) -> dict[s
     return description
 
 
-def check_backbone(config: E2VPTConfig, found: Mapping[str, Any]) -> None:
+def check_backbone_sizes(config: E2VPTConfig, found: Mapping[str, Any]) -> None:
     """Refuse to put an adapter into a backbone other than the one that it was made for.
 
     Args:
@@ -109,7 +199,9 @@ def check_backbone(config: E2VPTConfig, found: Mapping[str, Any]) -> None:
         raise ValueError(_misfit(differences, config.base_model_name_or_path))
 
 
-def check_prompts(layers: Mapping[str, E2VPTLayer], model: nn.Module, prompts: Mapping[str, torch.Tensor]) -> None:
+def check_saved_prompts(
+    layers: Mapping[str, E2VPTLayer], model: nn.Module, prompts: Mapping[str, torch.Tensor]
+) -> None:
     """Refuse saved prompts that cannot be for this model, before any of them is loaded.
 
     Only what comes from the backbone is checked: keys that are missing or too many, and numbers of prompts, are
@@ -128,16 +220,8 @@ def check_prompts(layers: Mapping[str, E2VPTLayer], model: nn.Module, prompts: M
         name, _, kind = key.rpartition(".")
         if name not in layers:
             continue
-        site = layers[name].site
-        sizes: dict[str, tuple[int, int]] = {}
-        if kind == "e2vpt_visual_prompts" and tensor.dim() == 2:  # with pruned segments they are one flat tensor
-            sizes = {"hidden_size": (tensor.shape[-1], site.hidden_size)}
-        elif kind == "e2vpt_kv_prompts" and tensor.dim() in (3, 4):
-            sizes = {
-                "num_heads": (tensor.shape[-3], site.num_heads),
-                "head_size": (tensor.shape[-1], site.head_size),
-            }
-        for size, (saved, here) in sizes.items():
+        for size, saved in sizes_in(kind, tensor.shape).items():
+            here = getattr(layers[name].site, size)
             if saved != here:
                 differences.setdefault(size, f"{SIZES[size]} {saved} (this model: {here})")
     known = {name for name, _ in model.named_modules()}
@@ -150,7 +234,7 @@ def check_prompts(layers: Mapping[str, E2VPTLayer], model: nn.Module, prompts: M
         check_finite(key, tensor, "The state dict of the adapter")
 
 
-def check_backbone_untouched(model: nn.Module, adapter_name: str, names: Iterable[str]) -> None:
+def check_nothing_overwritten(model: nn.Module, adapter_name: str, names: Iterable[str]) -> None:
     """Refuse saved tensors that would be loaded into the backbone, or into another adapter.
 
     Args:

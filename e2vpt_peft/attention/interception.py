@@ -9,17 +9,35 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Optional
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .attention import extend_mask, prepend
+from .mask import extend_mask
+from .prefix import PrefixSource, WayIn, prepend
 
-if TYPE_CHECKING:
-    from .layer import E2VPTLayer
+
+class ThroughTorchFunctions(WayIn):
+    """The way in for attention that calls no attention interface.
+
+    Args:
+        mode (`type`): How the prefix is put in, [`SdpaMode`] or [`ProductsMode`].
+        attention (`str`): What errors call the attention, the name of its class.
+    """
+
+    def __init__(self, mode: type[SdpaMode] | type[ProductsMode], attention: str) -> None:
+        self.mode = mode
+        self.attention = attention
+
+    def running(self, source: PrefixSource) -> AbstractContextManager[Any]:
+        return self.mode(source, self.attention) if source.has_prefix else nullcontext()
+
+    def implementation(self, config: Any) -> str:
+        return self.mode.implementation
 
 
 def calls_sdpa(module: nn.Module) -> bool:
@@ -29,52 +47,62 @@ def calls_sdpa(module: nn.Module) -> bool:
 
 
 class SdpaMode(TorchFunctionMode):
-    """Puts the prefix of a layer into the call of `scaled_dot_product_attention` that its attention makes.
+    """Puts a prefix into the call of `scaled_dot_product_attention` that an attention makes.
 
     Args:
-        layer ([`~e2vpt_peft.layer.E2VPTLayer`]): The adapted attention.
+        source (`PrefixSource`): What gives the prefix.
+        attention (`str`): What errors call the attention.
     """
 
-    def __init__(self, layer: E2VPTLayer) -> None:
+    implementation = "sdpa"
+
+    def __init__(self, source: PrefixSource, attention: str) -> None:
         super().__init__()
-        self.layer: Optional[E2VPTLayer] = layer
+        self.source = source
+        self.attention = attention
+        self.is_done = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Optional[dict[str, Any]] = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or self.layer is None:
+        if func is not F.scaled_dot_product_attention or self.is_done:
             return func(*args, **kwargs)
-        layer, self.layer = self.layer, None
-        return _attend_with_prefix(layer, *args, **kwargs)
+        self.is_done = True
+        return self._attend(*args, **kwargs)
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         super().__exit__(exc_type, exc_value, traceback)
-        if exc_type is None and self.layer is not None:
+        if exc_type is None and not self.is_done:
             raise RuntimeError(
-                f"{type(self.layer.base_layer).__name__} has not called scaled_dot_product_attention, so that its "
+                f"{self.attention} has not called scaled_dot_product_attention, so that its "
                 "prompts had no effect. Let it: for timm, fused_attn=True."
             )
 
-
-def _attend_with_prefix(
-    layer: E2VPTLayer,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: Optional[torch.Tensor] = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    **kwargs: Any,
-) -> torch.Tensor:
-    if is_causal:
-        raise ValueError(
-            f"{type(layer.base_layer).__name__} ran with is_causal=True: E2VPT needs bidirectional attention."
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: Optional[torch.Tensor] = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if is_causal:
+            raise ValueError(f"{self.attention} ran with is_causal=True: E2VPT needs bidirectional attention.")
+        prefix = self.source.prefix(query.shape[0], query.dtype)
+        attn_mask = extend_mask(
+            attn_mask,
+            prefix.keys.shape[1],
+            query,
+            key.shape[2],
+            self.implementation,
+            visible=prefix.visible,
+            bias=prefix.bias,
         )
-    prefix = layer.prefix(query.shape[0], query.dtype)
-    attn_mask = extend_mask(attn_mask, prefix.keys.shape[1], prefix.visible, query, key.shape[2], "sdpa")
-    key, value = prepend(prefix.keys, key), prepend(prefix.values, value)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **kwargs)
+        key, value = prepend(prefix.keys, key), prepend(prefix.values, value)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **kwargs)
 
 
 # What may happen to attention scores between the first product and the second, by the names of PyTorch's functions.
@@ -84,25 +112,30 @@ RESHAPING = {"view", "reshape", "contiguous", "float", "to", "type_as"}
 
 
 class ProductsMode(TorchFunctionMode):
-    """Puts the prefix of a layer into attention that is written out: `softmax(q k^T ...) v`.
+    """Puts a prefix into attention that is written out: `softmax(q k^T ...) v`.
 
     The scores of the prefix are kept beside those of the sequence: both are scaled alike, only the latter have a
     position bias or a mask, one softmax is over both, and the second product is the sum of both parts. Keys that are
     normalised before the first product (cosine attention) are so in the prefix, too.
 
     Args:
-        layer ([`~e2vpt_peft.layer.E2VPTLayer`]): The adapted attention.
+        source (`PrefixSource`): What gives the prefix.
+        attention (`str`): What errors call the attention.
     """
 
-    def __init__(self, layer: E2VPTLayer) -> None:
+    implementation = "eager"
+
+    def __init__(self, source: PrefixSource, attention: str) -> None:
         super().__init__()
-        self.layer = layer
+        self.source = source
+        self.attention = attention
         self.normalized: list[torch.Tensor] = []
         self.own: Optional[torch.Tensor] = None
         """The scores, later probabilities, of the sequence: (batch size, heads, length, length)."""
         self.prefixed: Optional[torch.Tensor] = None
         """Those of the prefix: (batch size, heads, length, prefix length)."""
         self.values: Optional[torch.Tensor] = None
+        self.bias: Optional[torch.Tensor] = None
         self.is_done = False
 
     def __torch_function__(
@@ -124,26 +157,28 @@ class ProductsMode(TorchFunctionMode):
         super().__exit__(exc_type, exc_value, traceback)
         if exc_type is None and not self.is_done:
             raise RuntimeError(
-                f"{type(self.layer.base_layer).__name__} has not computed its attention as expected, so that its "
-                "prompts had no effect."
+                f"{self.attention} has not computed its attention as expected, so that its prompts had no effect."
             )
 
     def _is_normalized(self, tensor: torch.Tensor) -> bool:
         return any(tensor is other for other in self.normalized)
 
     def _start(self, query: torch.Tensor, key: torch.Tensor, scores: torch.Tensor) -> None:
-        prefix = self.layer.prefix(query.shape[0], query.dtype)
+        prefix = self.source.prefix(query.shape[0], query.dtype)
         keys, self.values = (rows.transpose(1, 2).to(query.dtype) for rows in prefix[:2])
         if self._is_normalized(key):
             keys = F.normalize(keys, dim=-1)
         self.own, self.prefixed = scores, query @ keys.transpose(-1, -2)
         if prefix.visible is not None:
             self.prefixed = self.prefixed.masked_fill(~prefix.visible[:, None, None], float("-inf"))
+        self.bias = prefix.bias
 
     def _follow(self, func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
         assert self.prefixed is not None and self.values is not None
         if name == "softmax":
             count = self.prefixed.shape[-1]
+            if self.bias is not None:  # here, behind the scaling of the scores
+                self.prefixed = self.prefixed + self.bias[:, None, None]
             both = torch.cat([self.prefixed, args[0].view(*self.prefixed.shape[:-1], -1)], -1)
             self.prefixed, self.own = func(both, *args[1:], **kwargs).tensor_split([count], -1)
             return self.own
@@ -157,8 +192,7 @@ class ProductsMode(TorchFunctionMode):
             return result + self.prefixed @ self.values
         elif name not in ADDING | RESHAPING:
             raise RuntimeError(
-                f"{type(self.layer.base_layer).__name__} does something to its attention scores by which prompts "
-                f"cannot be followed: {name}."
+                f"{self.attention} does something to its attention scores by which prompts cannot be followed: {name}."
             )
         self.own = result
         return result

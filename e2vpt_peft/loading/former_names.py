@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from .architectures import KEY_PROJECTIONS
-from .attention import eager_attention_of
-from .config import E2VPTConfig
-from .layer import E2VPTLayer
+from ..attention.interface import eager_attention_of
+from ..attention.site import KEY_PROJECTIONS
+from ..config import E2VPTConfig
+from ..layer import E2VPTLayer
 
 
 def former_names(model: nn.Module) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Classification heads, and whatever else stands in `modules_to_save`, with different adapters in one batch."""
+"""Different adapters in one batch: whose names may be given, and heads that each sample has of its own adapter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from .routing import current_route
+from .route import BASE_MODEL
+from .running_pass import running_pass
 
 
 class RoutedModulesToSave(ModulesToSaveWrapper):
@@ -22,7 +23,7 @@ class RoutedModulesToSave(ModulesToSaveWrapper):
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        route = current_route()
+        route = running_pass().route
         if route is None or self.disable_adapters:
             return super().forward(*args, **kwargs)
         if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
@@ -47,18 +48,24 @@ def route_modules_to_save(model: nn.Module) -> None:
             module.__class__ = RoutedModulesToSave
 
 
-def check_modules_to_save(model: nn.Module, modules_to_save: Optional[Sequence[str]]) -> None:
-    """Check that `modules_to_save` can be trained.
+def check_adapter_names(adapter_names: Any, known: Sequence[str], samples: Optional[torch.Tensor]) -> None:
+    """Refuse `adapter_names` that do not give each sample of a batch an adapter.
+
+    Args:
+        adapter_names: What the user gave.
+        known (`Sequence[str]`): The adapters of the model.
+        samples (`torch.Tensor`, *optional*): The main input of the call.
 
     Raises:
-        ValueError: One of them is quantised.
+        TypeError: They are no list.
+        ValueError: There is an unknown one, or there are more or fewer than samples.
     """
-    for name, module in model.named_modules():
-        if not any(name.endswith(ending) for ending in modules_to_save or []):  # as PEFT finds them
-            continue
-        if not all(parameter.is_floating_point() for parameter in module.parameters()):
-            raise ValueError(
-                f"modules_to_save={list(modules_to_save or [])} includes '{name}', which is quantised and cannot be "
-                f"trained. Load the model without quantising it: for bitsandbytes, "
-                f"BitsAndBytesConfig(..., llm_int8_skip_modules=['{name.rpartition('.')[2]}'])."
-            )
+    if isinstance(adapter_names, str):
+        raise TypeError(f"adapter_names={adapter_names!r} must be a list, of one adapter name per sample.")
+    unknown = sorted(set(adapter_names) - {BASE_MODEL} - set(known))
+    if unknown:
+        raise ValueError(f"adapter_names has {unknown}, known are {[BASE_MODEL, *known]}.")
+    if samples is not None and len(adapter_names) != len(samples):
+        raise ValueError(
+            f"adapter_names has {len(adapter_names)} names for {len(samples)} samples: give one name per sample."
+        )

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..importance import PromptScores, prompted_layers
-from ..masks import segment_mask, token_mask
+from ..adapter import PromptedAdapter
+from ..pruning import PromptScores
 from .figure import new_figure, number_axis
 
 if TYPE_CHECKING:
@@ -44,16 +44,18 @@ def plot_importance(model: nn.Module, scores: PromptScores, adapter_name: Option
         >>> plot_importance(model, scores).savefig("importance.png")
         ```
     """
-    name, layers = prompted_layers(model, adapter_name)
-    config = layers[0].adapter_configs[name]
-    kept_tokens, kept_segments = token_mask(config), segment_mask(config)
+    adapter = PromptedAdapter.find(model, adapter_name)
+    adapter.require_visual_prompts()
+    config, masks = adapter.config, adapter.masks
+    kept_tokens, kept_segments = masks.tokens, masks.segments
     tokens = scores.tokens.reshape(-1, scores.tokens.shape[-1])
     segments = scores.segments.reshape(-1, *scores.segments.shape[-2:])
     count = len(kept_tokens)
-    if segments.shape[-1] != config.num_segments or segments.shape[1] not in (count, int(kept_tokens.sum())):
+    if segments.shape[-1] != config.num_segments or segments.shape[1] not in (count, masks.num_tokens):
         raise ValueError(
-            f"scores are for {segments.shape[1]} visual prompts of {segments.shape[2]} segments, but adapter '{name}' "
-            f"has {count} of {config.num_segments}, {int(kept_tokens.sum())} of them not pruned: score it again."
+            f"scores are for {segments.shape[1]} visual prompts of {segments.shape[2]} segments, but adapter "
+            f"'{adapter.name}' has {count} of {config.num_segments}, {masks.num_tokens} of them not pruned: score it "
+            "again."
         )
     if segments.shape[1] != count:  # made after pruning
         tokens = _at(tokens, kept_tokens, 1)

@@ -1,0 +1,155 @@
+"""One E²VPT adapter in one model: what everything that looks at, scores, prunes or describes an adapter acts on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Optional
+
+from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from .config import E2VPTConfig
+from .layer import E2VPTLayer
+from .masks import PromptMasks
+from .prompt_shapes import VISUAL_PROMPTS, prompt_shapes
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of all E²VPT adapters in a model."""
+    return sorted({name for layer in _layers(model) for name in layer.adapter_configs})
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """The names of the active E²VPT adapters in a model, in their order."""
+    active = (name for layer in _layers(model) for name in layer.active_adapters if name in layer.adapter_configs)
+    return list(dict.fromkeys(active))
+
+
+@dataclass(frozen=True, eq=False)
+class PromptedAdapter:
+    """An adapter in a model.
+
+    Attributes:
+        model (`nn.Module`): The adapted model, a [`~peft.PeftModel`] or not.
+        name (`str`): The adapter's name.
+        layers (`Sequence[E2VPTLayer]`): The layers that have prompts of it, in the order of the model.
+
+    Example:
+
+        ```py
+        >>> adapter = PromptedAdapter.find(model)
+        >>> adapter.name, len(adapter.layers), adapter.masks.num_tokens, adapter.num_parameters()
+        ('default', 12, 10, 138240)
+        ```
+    """
+
+    model: nn.Module
+    name: str
+    layers: Sequence[E2VPTLayer]
+
+    @classmethod
+    def find(cls, model: nn.Module, name: Optional[str] = None) -> PromptedAdapter:
+        """Find an adapter, by default the active one.
+
+        Args:
+            model (`nn.Module`): The adapted model.
+            name (`str`, *optional*): The adapter's name.
+
+        Raises:
+            ValueError: There is no such adapter, or none or several are active and none is named.
+        """
+        known = adapter_names(model)
+        if name is None:
+            active = active_adapters(model)
+            if len(active) != 1:
+                raise ValueError(f"adapter_name is needed: the active E2VPT adapters are {active}, of {known}.")
+            name = active[0]
+        if name not in known:
+            raise ValueError(f"adapter_name={name!r} is no E2VPT adapter of this model, which has {known}.")
+        return cls(model, name, [layer for layer in _layers(model) if name in layer.adapter_configs])
+
+    def require_visual_prompts(self) -> None:
+        """Refuse an adapter of key-value prompts alone, which are never pruned.
+
+        Raises:
+            ValueError: It is one.
+        """
+        if not self.config.num_visual_prompts:
+            raise ValueError(
+                f"Adapter '{self.name}' has no visual prompts: there is nothing to score, to prune or to compare."
+            )
+
+    @property
+    def config(self) -> E2VPTConfig:
+        """The configuration, which all layers share with `model.peft_config`."""
+        return self.layers[0].adapter_configs[self.name]
+
+    @property
+    def masks(self) -> PromptMasks:
+        """Which prompts are kept."""
+        return PromptMasks.of(self.config)
+
+    def set_masks(self, masks: PromptMasks) -> None:
+        """Keep other prompts. The values of those that stay are kept, and what comes back is zero.
+
+        Parameters that change their size are new tensors.
+
+        Args:
+            masks ([`PromptMasks`]): For the visual prompts that the adapter had when it was made.
+        """
+        # The masks in the config say how the parameters are to be read: all are read before any mask changes.
+        values = [layer.full_prompts(self.name) for layer in self.visual_layers]
+        masks.write_to(self.config)
+        for layer, prompts in zip(self.visual_layers, values):
+            layer.set_visual_prompts(self.name, prompts)
+
+    @property
+    def is_shallow(self) -> bool:
+        """Whether its visual prompts are inserted in front of the first layer, in place of a prefix in each."""
+        return self.config.visual_prompt_depth == "shallow"
+
+    @property
+    def visual_layers(self) -> list[E2VPTLayer]:
+        """The layers that have visual prompts: all if they are deep, one if they are shallow."""
+        return [layer for layer in self.layers if layer.has_visual_prompts[self.name]]
+
+    def num_parameters(self, masks: Optional[PromptMasks] = None) -> int:
+        """The number of parameters of the prompts, without `modules_to_save`.
+
+        Args:
+            masks ([`PromptMasks`], *optional*): Those to count by: what a pruning would leave. As it is by default.
+        """
+        masks = self.masks if masks is None else masks
+        count = 0
+        for layer in self.layers:
+            shapes = prompt_shapes(self.config, layer.site, masks)
+            if not layer.has_visual_prompts[self.name]:
+                shapes.pop(VISUAL_PROMPTS, None)
+            count += sum(map(prod, shapes.values()))
+        return count
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The model without PEFT's wrapper around it."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def saved_modules(self) -> dict[str, ModulesToSaveWrapper]:
+        """PEFT's wrappers of the `modules_to_save`, by their names in the backbone."""
+        return {
+            name: module
+            for name, module in self.backbone.named_modules()
+            if isinstance(module, ModulesToSaveWrapper) and self.name in module.modules_to_save
+        }
+
+    @property
+    def trained_modules(self) -> dict[str, nn.Module]:
+        """The adapter's own copies of the `modules_to_save`, by their names in the backbone."""
+        return {name: wrapper.modules_to_save[self.name] for name, wrapper in self.saved_modules.items()}
+
+
+def _layers(model: nn.Module) -> list[E2VPTLayer]:
+    return [module for module in model.modules() if isinstance(module, E2VPTLayer)]

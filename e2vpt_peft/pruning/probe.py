@@ -1,0 +1,113 @@
+"""One batch and an adapted model, to be asked what the loss would be with other prompts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from peft.tuners.tuners_utils import set_adapter
+from torch import nn
+
+from ..adapter import PromptedAdapter
+from ..running_pass import running
+from ..utils.modes import evaluating
+
+Prompts = Sequence[torch.Tensor]
+"""Visual prompts by layer, each (number of prompts, hidden size)."""
+
+
+class Probe:
+    """One batch and a model whose visual prompts can be replaced for a forward pass.
+
+    Args:
+        adapter ([`PromptedAdapter`]): The adapter.
+        batch (`Mapping[str, Any]`): The inputs of the model, with labels.
+
+    Attributes:
+        layers (`list[E2VPTLayer]`): The layers that have visual prompts.
+        prompts (`list[torch.Tensor]`): Those of each layer, without pruned ones, (number of prompts, hidden size).
+        kept (`torch.Tensor`): Which of their segments are kept, bool, (number of prompts, number of segments).
+    """
+
+    def __init__(self, adapter: PromptedAdapter, batch: Mapping[str, Any]) -> None:
+        self.model = adapter.model
+        self.batch = batch
+        self.layers = adapter.visual_layers
+        self.is_shallow = adapter.is_shallow
+        self.segments = adapter.config.num_segments
+        self.kept = adapter.masks.kept_segments
+        self.prompts = [layer.kept_prompts(adapter.name).detach() for layer in self.layers]
+
+    def output(self, prompts: Optional[Prompts] = None) -> Any:
+        """What the model returns, with other visual prompts in each layer if given."""
+        prompts = self.prompts if prompts is None else prompts
+        with running(visual_prompts=dict(zip(self.layers, prompts))):
+            return self.model(**self.batch)
+
+    def loss(self, prompts: Optional[Prompts] = None) -> torch.Tensor:
+        """The loss, with other visual prompts in each layer if given."""
+        return self.loss_in(self.output(prompts))
+
+    def loss_in(self, output: Any) -> torch.Tensor:
+        """The loss that the model has returned.
+
+        Raises:
+            ValueError: It has returned none.
+        """
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if loss is None:
+            raise ValueError(
+                f"The model returns no loss for a batch of {sorted(self.batch)}: batches need labels, and the model a "
+                "head that computes a loss."
+            )
+        return loss
+
+    @torch.no_grad()
+    def value(self, prompts: Optional[Prompts] = None) -> torch.Tensor:
+        """The loss as a number, float64, ()."""
+        return self.loss(prompts).double().cpu()
+
+
+@contextmanager
+def undisturbed(adapter: PromptedAdapter) -> Iterator[None]:
+    """With the adapter active and the model in eval mode; leaves both, and the random state, as they were."""
+    model = adapter.model
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    active = list(adapter.layers[0].active_adapters)
+    states = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        set_adapter(model, adapter.name)
+        with evaluating(model), torch.enable_grad():
+            yield
+    finally:
+        if active != [adapter.name]:
+            set_adapter(model, active)
+        for parameter, requires_grad in trainable.items():
+            parameter.requires_grad_(requires_grad)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
+
+
+def as_inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
+    """A batch as keyword arguments of the model, on its device.
+
+    Raises:
+        ValueError: It is neither a dictionary nor a pair (inputs, labels).
+    """
+    if not isinstance(batch, Mapping):
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise ValueError(
+                f"A batch must be a dictionary with labels, or a pair (inputs, labels), not {type(batch).__name__}."
+            )
+        main_input = getattr(model, "main_input_name", "pixel_values")
+        batch = {main_input: batch[0], "labels": batch[1]}
+    device = next(model.parameters()).device
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}

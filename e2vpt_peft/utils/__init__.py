@@ -1,0 +1,1 @@
+"""What knows nothing of prompts: checks of fields, eval mode and back, NaN explained, shards, whole files."""
