@@ -255,7 +255,7 @@ def read_recipe(path: Path, allowed: set[str]) -> dict[str, Any]:
 
 def load_digits() -> DatasetDict:
     """The handwritten digits that come with scikit-learn, half of them to test on."""
-    from quickstart import load_digits
+    from data_and_backbone import load_digits
 
     return load_digits()["train"].train_test_split(test_size=0.5, seed=0, stratify_by_column="label")
 

@@ -7,7 +7,7 @@ By default a tiny ViT that comes with this repository (`examples/backbone`, pret
 and textures; it has never seen a letter or a digit) learns to read scikit-learn's `load_digits` from **few
 labels**: 50 images per class to train on, the other 1,297 to test on. The linear probe trains the same new head, on
 the same distorted images, for the same number of steps. Then the adapter is saved, loaded into a fresh backbone,
-and has to predict the same.
+and has to predict the same. The images and the backbone come from `data_and_backbone.py`, beside this file.
 
 `--dataset` takes a Hub id, a folder of images (one subfolder per class), a parquet file or a folder of them.
 """
@@ -15,32 +15,19 @@ and has to predict the same.
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from data_and_backbone import BACKBONE, HEAD, load_backbone, load_data, preprocess
+from datasets import ClassLabel, Dataset
 from peft import PeftModel, get_peft_model
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    HfArgumentParser,
-    PreTrainedModel,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoImageProcessor, HfArgumentParser, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
 from e2vpt_peft import E2VPTConfig
-
-BACKBONE = str(Path(__file__).parent / "backbone")
-HEAD = "classifier"
 
 
 @dataclass
@@ -85,80 +72,9 @@ class Result:
     file_size: int | None = None
 
 
-def load_digits() -> DatasetDict:
-    """The 1,797 real handwritten digits that come with scikit-learn (8 x 8 pixels, grey)."""
-    import PIL.Image
-    from sklearn import datasets
-
-    digits = datasets.load_digits()
-    images = [PIL.Image.fromarray((image * 255 / 16).astype(np.uint8)) for image in digits.images]
-    features = Features({"image": Image(), "label": ClassLabel(names=[str(name) for name in digits.target_names])})
-    return DatasetDict(train=Dataset.from_dict({"image": images, "label": digits.target}, features=features))
-
-
-def load_data(args: QuickstartArguments) -> tuple[Dataset, Dataset]:
-    """A training split of `train_per_class` images per class, and a test split, with columns `image` and `label`."""
-    if args.dataset is None:
-        splits = load_digits()
-    elif Path(args.dataset).is_file():
-        splits = load_dataset("parquet", data_files=args.dataset)
-    else:
-        splits = load_dataset(args.dataset)
-    train = splits["train"] if "train" in splits else next(iter(splits.values()))
-    test = next((splits[name] for name in ("test", "validation", "val", "valid") if name in splits), None)
-
-    image = next(name for name, feature in train.features.items() if isinstance(feature, Image))
-    labels = [name for name, feature in train.features.items() if isinstance(feature, ClassLabel)]
-    label = labels[0] if labels else "label"
-    columns = {"image": image, "label": label}
-
-    def tidy(data: Dataset) -> Dataset:
-        data = data.select_columns(list(columns.values())).rename_columns({old: new for new, old in columns.items()})
-        return data if labels else data.class_encode_column("label")
-
-    train = tidy(train)
-    few: list[int] = []
-    rest: list[int] = []
-    count: dict[int, int] = defaultdict(int)
-    all_labels = train["label"][:]
-    for index in np.random.default_rng(args.seed).permutation(len(train)).tolist():
-        count[all_labels[index]] += 1
-        (few if count[all_labels[index]] <= args.train_per_class else rest).append(index)
-    test = train.select(rest) if test is None else tidy(test).shuffle(seed=args.seed)
-    if len(test) == 0:
-        raise ValueError(f"train_per_class={args.train_per_class} leaves no image to test on.")
-    return train.select(few), test.select(range(min(len(test), args.max_test_images)))
-
-
-def preprocess(processor: Any, batch: dict[str, list], augmentation: float = 0.0) -> dict[str, Any]:
-    """Images and labels of a data set to the model's inputs; grey images become colour.
-
-    With `augmentation`, each image is shifted, turned, stretched and sheared a little, differently every time.
-    """
-    images = [image.convert("RGB") for image in batch["image"]]
-    pixel_values = processor(images, return_tensors="pt")["pixel_values"]
-    if augmentation:
-        maps = torch.eye(2, 3) + augmentation * torch.randn(len(images), 2, 3)
-        grid = F.affine_grid(maps, list(pixel_values.shape), align_corners=False)
-        pixel_values = F.grid_sample(pixel_values, grid, padding_mode="border", align_corners=False)
-    return {"pixel_values": pixel_values, "labels": batch["label"]}
-
-
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Accuracy."""
     return {"accuracy": float((np.asarray(prediction.predictions).argmax(1) == prediction.label_ids).mean())}
-
-
-def load_backbone(args: QuickstartArguments, label: ClassLabel, seed: int) -> PreTrainedModel:
-    """The pretrained model with a new head for the labels, initialised from the seed."""
-    set_seed(seed)
-    return AutoModelForImageClassification.from_pretrained(
-        args.model,
-        num_labels=label.num_classes,
-        id2label=dict(enumerate(label.names)),
-        label2id={name: index for index, name in enumerate(label.names)},
-        ignore_mismatched_sizes=True,
-    )
 
 
 def make_trainer(model: torch.nn.Module, args: QuickstartArguments, train: Dataset, test: Dataset) -> Trainer:
@@ -198,7 +114,7 @@ def make_trainer(model: torch.nn.Module, args: QuickstartArguments, train: Datas
 
 def linear_probe(args: QuickstartArguments, label: ClassLabel, train: Dataset, test: Dataset) -> Result:
     """Train the head alone."""
-    model = load_backbone(args, label, args.seed)
+    model = load_backbone(args.model, label, args.seed)
     model.requires_grad_(False)
     model.get_submodule(HEAD).requires_grad_(True)
     trainer = make_trainer(model, args, train, test)
@@ -217,7 +133,7 @@ def e2vpt(args: QuickstartArguments, label: ClassLabel, train: Dataset, test: Da
         prompt_dropout=0.0,  # random distortions of the images do that job here
         modules_to_save=[HEAD],
     )
-    model = get_peft_model(load_backbone(args, label, args.seed), config)
+    model = get_peft_model(load_backbone(args.model, label, args.seed), config)
     trainer = make_trainer(model, args, train, test)
     trainer.train()
     logits, _, metrics = trainer.predict(test)
@@ -230,7 +146,7 @@ def e2vpt(args: QuickstartArguments, label: ClassLabel, train: Dataset, test: Da
 
 def reload(args: QuickstartArguments, label: ClassLabel, train: Dataset, test: Dataset) -> np.ndarray:
     """Load the saved adapter into a fresh backbone; the logits of the test images."""
-    model = PeftModel.from_pretrained(load_backbone(args, label, args.seed + 1), args.output_dir)
+    model = PeftModel.from_pretrained(load_backbone(args.model, label, args.seed + 1), args.output_dir)
     return np.asarray(make_trainer(model, args, train, test).predict(test).predictions)
 
 
@@ -246,7 +162,7 @@ def print_table(results: list[Result]) -> None:
 def main(argv: list[str] | None = None) -> list[Result]:
     """Run the quickstart; returns the lines of the table."""
     (args,) = HfArgumentParser(QuickstartArguments).parse_args_into_dataclasses(argv)  # type: ignore[arg-type]
-    train, test = load_data(args)
+    train, test = load_data(args.dataset, args.train_per_class, args.max_test_images, args.seed)
     label: ClassLabel = train.features["label"]
     processor = AutoImageProcessor.from_pretrained(args.model)
     train = train.with_transform(partial(preprocess, processor, augmentation=args.augmentation))

@@ -1,8 +1,8 @@
 """Accuracy of methods on tasks, over seeds.
 
-    python examples/benchmarks/compare.py --data_dir DATA --out results/mini.jsonl         # all methods on `mini`
-    python examples/benchmarks/compare.py --compare components --out results/parts.jsonl   # one of the ablations
-    python examples/benchmarks/compare.py --suite vtab --data_dir VTAB --recipe paper --epochs 100 \\
+    python -m examples.benchmarks.compare --data_dir DATA --out results/mini.jsonl         # all methods on `mini`
+    python -m examples.benchmarks.compare --compare components --out results/parts.jsonl   # one of the ablations
+    python -m examples.benchmarks.compare --suite vtab --data_dir VTAB --recipe paper --epochs 100 \\
         --seeds 42 44 82 100 800 --model google/vit-base-patch16-224-in21k --out results/vtab.jsonl
 
 Each method searches as many learning rates, on the validation images of each task. With the best one it is trained on
@@ -23,15 +23,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accuracy import EXAMPLES
-from accuracy.ablations import ABLATIONS
-from accuracy.checkpoints import Checkpoints
-from accuracy.engines import ENGINES, Workers, be_quiet, start
-from accuracy.methods import Method, choose
-from accuracy.protocol import RECIPES, Bench, Engine, Plan, split_work
-from accuracy.records import Record, Store, key
-from accuracy.tasks import Task, select, suite
 from transformers import HfArgumentParser
+
+from examples.data_and_backbone import BACKBONE
+
+from .accuracy.ablations import ABLATIONS
+from .accuracy.checkpoints import Checkpoints
+from .accuracy.engines import ENGINES, Workers, be_quiet, start
+from .accuracy.methods import Method, choose
+from .accuracy.protocol import RECIPES, Bench, Engine, Plan, split_work
+from .accuracy.records import Record, Store, key
+from .accuracy.tasks import Task, select, suite
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Arguments:
     compare: str = field(default="methods", metadata={"help": f"What to compare: {', '.join(ABLATIONS)}."})
     methods: list[str] | None = field(default=None, metadata={"help": "Only these, by the names in the tables."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of the final trainings."})
-    model: str = field(default=str(EXAMPLES / "backbone"), metadata={"help": "Backbone: a Hub id or a folder."})
+    model: str = field(default=BACKBONE, metadata={"help": "Backbone: a Hub id or a folder."})
     recipe: str = field(
         default="quick",
         metadata={

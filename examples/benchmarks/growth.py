@@ -1,7 +1,7 @@
 """How the cost of E²VPT grows with prompts, image size, depth and adapters. Measures as `speed.py` does, beside it.
 
-    python examples/benchmarks/growth.py --plot growth.png
-    python examples/benchmarks/growth.py --device cuda --dtype bfloat16 --batch-size 32 --plot growth.png
+    python -m examples.benchmarks.growth --plot growth.png
+    python -m examples.benchmarks.growth --device cuda --dtype bfloat16 --batch-size 32 --plot growth.png
 
 One thing grows at a time, from ViT-B/16 with 10 visual and 5 key-value prompts. For each size: inference time against
 the bare backbone, peak memory of a training step against LoRA, the size of the adapter's file, the time to switch to
@@ -19,9 +19,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import speed
 import torch
 from peft import PeftModel
+
+from . import speed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -167,8 +168,7 @@ def main(command: Sequence[str] | None = None) -> list[dict[str, Any]]:
     own, options = parse(command)
     if options.threads:
         torch.set_num_threads(options.threads)
-    run = speed.describe_run(options, command)
-    run["command"] = run["command"].replace("speed.py", "growth.py", 1)
+    run = speed.describe_run(options, "growth", command)
     print(speed.header(run), flush=True)
     rows = []
     for dimension in own.grow:

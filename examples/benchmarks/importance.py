@@ -1,7 +1,7 @@
 """How well each score of `score_prompts` predicts what removing a prompt, or a segment of one, does to the loss.
 
-    python examples/benchmarks/importance.py                                  # handwritten digits, shipped backbone
-    python examples/benchmarks/importance.py --data_dir DATA --model MODEL    # and every parquet set in DATA
+    python -m examples.benchmarks.importance                                  # handwritten digits, shipped backbone
+    python -m examples.benchmarks.importance --data_dir DATA --model MODEL    # and every parquet set in DATA
 
 For every task, depth and seed, prompts are trained; then each method scores them on the training images. The tables
 have the Spearman rank correlation of its scores with the true change of the loss when that token or segment is
@@ -11,9 +11,7 @@ runs are kept in a file, and a run that is there is not done again.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -31,8 +29,8 @@ from transformers import AutoImageProcessor, HfArgumentParser, set_seed
 
 from e2vpt_peft import E2VPTConfig, PromptScores, score_prompts
 from e2vpt_peft.pruning import SCORING_METHODS
+from examples.data_and_backbone import BACKBONE, HEAD, load_backbone, load_data, preprocess
 
-EXAMPLES = Path(__file__).parents[1]
 NOT_SETTINGS = {"data_dir", "out", "threads", "tasks", "seeds", "depths", "what"}
 """Options that say which runs there are, not what a run gives."""
 GRADIENT_SCORES = ("absolute", "signed", "first_order")
@@ -41,21 +39,11 @@ Batches = list[dict[str, torch.Tensor]]
 Result = dict[str, Any]
 
 
-def load_quickstart() -> Any:
-    """The quickstart as a module: its data, preprocessing and backbone serve here, too."""
-    spec = importlib.util.spec_from_file_location("quickstart", EXAMPLES / "quickstart.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["quickstart"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @dataclass
 class Options:
     """Options of all measurements of pruning."""
 
-    model: str = field(default=str(EXAMPLES / "backbone"), metadata={"help": "Backbone: a Hub id or a folder."})
+    model: str = field(default=BACKBONE, metadata={"help": "Backbone: a Hub id or a folder."})
     data_dir: str | None = field(default=None, metadata={"help": "Folder with a folder of parquet files per task."})
     tasks: list[str] | None = field(
         default=None, metadata={"help": "Names of folders in data_dir, and digits; default all."}
@@ -118,34 +106,26 @@ def runs(options: Options) -> Iterator[tuple[str, int, str | None]]:
             yield name, seed, folders[name]
 
 
-def load_task(options: Options, dataset: str | None, seed: int) -> tuple[Any, Any, Dataset, Dataset]:
-    """The quickstart, its arguments for a task, and the training and test split."""
-    quickstart = load_quickstart()
-    task = quickstart.QuickstartArguments(
-        model=options.model,
-        dataset=dataset,
-        train_per_class=options.train_per_class,
-        max_test_images=options.max_test_images,
-        seed=seed,
-    )
-    return quickstart, task, *quickstart.load_data(task)
+def load_task(options: Options, dataset: str | None, seed: int) -> tuple[Dataset, Dataset]:
+    """The training and test split of a task."""
+    return load_data(dataset, options.train_per_class, options.max_test_images, seed)
 
 
-def batches(options: Options, quickstart: Any, data: Dataset, size: int = 100) -> Batches:
+def batches(options: Options, data: Dataset, size: int = 100) -> Batches:
     """All images, in batches, as inputs of the model."""
     processor = AutoImageProcessor.from_pretrained(options.model)
-    loader = DataLoader(data.with_transform(partial(quickstart.preprocess, processor)), batch_size=size)
+    loader = DataLoader(data.with_transform(partial(preprocess, processor)), batch_size=size)
     return [{"pixel_values": b["pixel_values"], "labels": b["labels"]} for b in loader]
 
 
-def make_model(options: Options, quickstart: Any, task: Any, train: Dataset, depth: str = "deep") -> PeftModel:
-    """The backbone with prompts and a head, as initialised from the seed of the task."""
-    model = quickstart.load_backbone(task, train.features["label"], task.seed)
+def make_model(options: Options, train: Dataset, seed: int, depth: str = "deep") -> PeftModel:
+    """The backbone with prompts and a head for the labels, as initialised from the seed."""
+    model = load_backbone(options.model, train.features["label"], seed)
     config = E2VPTConfig(
         num_visual_prompts=options.num_visual_prompts,
         visual_prompt_depth=depth,  # type: ignore[arg-type]
         num_segments=options.num_segments,
-        modules_to_save=[quickstart.HEAD],
+        modules_to_save=[HEAD],
     )
     return get_peft_model(model, config)
 
@@ -226,9 +206,9 @@ def sizes_of_terms(model: PeftModel, images: Batches) -> torch.Tensor:
 
 def measure_run(args: Arguments, name: str, dataset: str | None, depth: str, seed: int) -> list[Result]:
     """One result for each method, and more for those that are made in float64, too."""
-    quickstart, task, train, test = load_task(args, dataset, seed)
-    seen, unseen = batches(args, quickstart, train), batches(args, quickstart, test)
-    model = make_model(args, quickstart, task, train, depth)
+    train, test = load_task(args, dataset, seed)
+    seen, unseen = batches(args, train), batches(args, test)
+    model = make_model(args, train, seed, depth)
     fit(model, seen, args.epochs, args.learning_rate, seed)
     number = args.num_visual_prompts * args.num_segments
     order = np.random.default_rng(seed).permutation(number)

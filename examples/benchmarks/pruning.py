@@ -1,7 +1,7 @@
 """What pruning costs in accuracy, and what successive halving saves of the search.
 
-    python examples/benchmarks/pruning.py --what half       # 50 % of tokens and segments pruned, rewound, retrained
-    python examples/benchmarks/pruning.py --what search     # halving against the grid
+    python -m examples.benchmarks.pruning --what half       # 50 % of tokens and segments pruned, rewound, retrained
+    python -m examples.benchmarks.pruning --what search     # halving against the grid
 
 Tasks, backbone and training are those of `importance.py`, and so are `--data_dir`, `--model` and `--out`. Pruned and
 unpruned prompts are trained alike, on the same images in the same order. The learning rate of a task is the one with
@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from importance import Batches, Options, Result, Results, batches, fit, load_task, make_model, runs
 from peft import PeftModel
 from transformers import HfArgumentParser
 
 from e2vpt_peft import PruningConfig, prune_prompts, rewind_prompts, score_prompts
-from e2vpt_peft.pruning import set_masks
+from e2vpt_peft.adapter import PromptedAdapter
 from e2vpt_peft.trainer.search import Candidate, list_candidates, plan_rounds, ranked, search
+
+from .importance import Batches, Options, Result, Results, batches, fit, load_task, make_model, runs
 
 CHOICE_SEED = 100
 """On which the learning rate is chosen."""
@@ -60,10 +61,10 @@ class Task:
 def prepare(args: Arguments, dataset: str | None, seed: int) -> Task:
     """As many validation images per class as there are training images."""
     twice = replace(args, train_per_class=2 * args.train_per_class)
-    quickstart, task, images, test = load_task(twice, dataset, seed)
+    images, test = load_task(twice, dataset, seed)
     parts = images.train_test_split(test_size=0.5, stratify_by_column="label", seed=seed)
-    splits = [batches(args, quickstart, data) for data in (parts["train"], parts["test"], test)]
-    return Task(*splits, make_model(args, quickstart, task, images))
+    splits = [batches(args, data) for data in (parts["train"], parts["test"], test)]
+    return Task(*splits, make_model(args, images, seed))
 
 
 @torch.no_grad()
@@ -126,7 +127,7 @@ def both_searches(args: Arguments, name: str, dataset: str | None, seed: int, re
         rows = results.find(**training)
         if not rows:
             rewind_prompts(task.model, undo_pruning=True)
-            set_masks(task.model, candidate.token_mask, candidate.segment_mask, "default")
+            PromptedAdapter.find(task.model).set_masks(candidate.masks)
             fit(task.model, task.train, int(epochs), rate, seed)
             validation, test = accuracy(task.model, task.validation), accuracy(task.model, task.test)
             rows = results.add([{**training, "validation": validation, "test": test}])
@@ -138,7 +139,7 @@ def both_searches(args: Arguments, name: str, dataset: str | None, seed: int, re
         rates = {"token_rates": args.rates, "segment_rates": args.rates}
         config = PruningConfig(**rates, search=how, halving_rounds=args.halving_rounds)
         rewind_prompts(task.model, undo_pruning=True)
-        _, candidates = list_candidates(task.model, scores, config, "default")
+        _, candidates = list_candidates(PromptedAdapter.find(task.model), scores, config)
         rounds = plan_rounds(config, len(candidates), args.epochs)
         best = ranked(search(candidates, rounds, train, greater_is_better=True), greater_is_better=True)[0]
         row[how] = {"winner": best.name, "rates": best.rates[0], "parameters": best.parameters}

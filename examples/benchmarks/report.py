@@ -1,7 +1,7 @@
 """Tables and a plot of what `compare.py` measured.
 
-python examples/benchmarks/report.py results/*.jsonl --plot results/mini.png
-python examples/benchmarks/report.py results/parts.jsonl --compare components
+python -m examples.benchmarks.report results/*.jsonl --plot results/mini.png
+python -m examples.benchmarks.report results/parts.jsonl --compare components
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from accuracy.ablations import ABLATIONS, TUNED
-from accuracy.plots import plot_parameters
-from accuracy.records import read_all
-from accuracy.tables import MEANS, at_the_edge, differences, final, markdown, summarise, task_groups
+from .accuracy.ablations import ABLATIONS, TUNED
+from .accuracy.plots import plot_parameters
+from .accuracy.records import read_all
+from .accuracy.tables import MEANS, at_the_edge, differences, final, markdown, summarise, task_groups
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -1,7 +1,7 @@
 """How fast E²VPT is, and how much memory it takes, against what one would use instead.
 
-    python examples/benchmarks/speed.py                                  # ViT-B/16 on the CPU, float32
-    python examples/benchmarks/speed.py --device cuda --batch-size 1 32 --dtype bfloat16 --out speed.jsonl
+    python -m examples.benchmarks.speed                                  # ViT-B/16 on the CPU, float32
+    python -m examples.benchmarks.speed --device cuda --batch-size 1 32 --dtype bfloat16 --out speed.jsonl
 
 Everything is measured in one process and **side by side**: a round runs every rival once, in random order, and gives
 one ratio of times for each pair. What is reported is the median and the quartiles of these ratios, never seconds, so
@@ -39,12 +39,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from token_insertion import insert_prompts
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import ViTConfig, ViTForImageClassification
 
 from e2vpt_peft import E2VPTConfig
+
+from .token_insertion import insert_prompts
 
 HEAD = ["classifier"]
 NUM_LABELS = 100
@@ -400,7 +401,7 @@ def at_most(limit: Optional[float]) -> Optional[str]:
 # --- output ---------------------------------------------------------------------------------------
 
 
-def describe_run(options: argparse.Namespace, command: Sequence[str]) -> dict[str, Any]:
+def describe_run(options: argparse.Namespace, benchmark: str, command: Sequence[str]) -> dict[str, Any]:
     """All that one must know to judge and to repeat the measurement."""
     device = torch.device(options.device)
     if device.type == "cuda":
@@ -415,7 +416,7 @@ def describe_run(options: argparse.Namespace, command: Sequence[str]) -> dict[st
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,
-        "command": shlex.join(["python", "examples/benchmarks/speed.py", *command]),
+        "command": shlex.join(["python", "-m", f"examples.benchmarks.{benchmark}", *command]),
     }
 
 
@@ -496,7 +497,7 @@ def main(command: Optional[Sequence[str]] = None) -> list[Row]:
     options = parse(command)
     if options.threads:
         torch.set_num_threads(options.threads)
-    run = describe_run(options, command)
+    run = describe_run(options, "speed", command)
     print(header(run), flush=True)
     backbone = build_backbone(options)
     rows: list[Row] = []

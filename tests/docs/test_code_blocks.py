@@ -68,6 +68,7 @@ def test_python_runs_as_written(page: str, checkout: Path, readers_names: dict[s
         AFTER[page](checkout, readers_names)
 
 
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")  # a module that its tests imported
 @pytest.mark.parametrize("page", WITH_COMMANDS)
 def test_commands_name_what_exists(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
@@ -110,10 +111,14 @@ def check_pip(command: str, words: list[str]) -> None:
 
 def check_script(command: str, words: list[str]) -> None:
     if words[0] == "-m":
-        assert importlib.util.find_spec(words[1]) or words[1] in ("build", "twine"), f"{command}: no such module"
-        return
+        words = words[1:]
+        assert importlib.util.find_spec(words[0]) or words[0] in ("build", "twine"), f"{command}: no such module"
+        if not words[0].startswith("examples."):
+            return
+    else:
+        assert (ROOT / words[0]).is_file(), f"{command}: no such file"
+        assert not words[0].startswith("examples/benchmarks/"), f"{command}: these are modules, to run with -m"
     script = words[0]
-    assert (ROOT / script).is_file(), f"{command}: no such file"
     for word in words[1:]:
         if word.startswith("examples/"):
             assert (ROOT / word).is_file(), f"{command}: no such file {word}"
@@ -136,16 +141,15 @@ def help_of(script: str) -> str:
 
 
 def run_script(script: str, *arguments: str) -> None:
-    """As `python script ...` would, in this process, where torch is imported already."""
-    before, modules = (sys.argv, sys.path), set(sys.modules)
-    sys.argv, sys.path = [script, *arguments], [str((ROOT / script).parent), *sys.path]
+    """As `python script ...` or `python -m module ...` would, in this process, where torch is imported already."""
+    before, sys.argv = sys.argv, [script, *arguments]
     try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        if script.endswith(".py"):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        else:
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
     finally:
-        sys.argv, sys.path = before
-        for name in set(sys.modules) - modules:  # what lies beside one script is not there for the next
-            if (Path(getattr(sys.modules[name], "__file__", None) or "/").parent) == (ROOT / script).parent:
-                del sys.modules[name]
+        sys.argv = before
 
 
 def test_a_page_that_is_tested_elsewhere_is() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,6 @@ from transformers import (
 from tests.support.zoo import WAVES
 
 pytest.importorskip("scipy")
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
 audio_classification = importlib.import_module("audio_classification")
 
 KINDS, VOWELS = audio_classification.KINDS, audio_classification.VOWELS

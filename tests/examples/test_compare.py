@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import math
 import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,10 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from scipy import ndimage
 
-BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-compare, report = (importlib.import_module(name) for name in ("compare", "report"))
-parts = ("ablations", "drawing", "images", "methods", "protocol", "records", "tables", "tasks", "training")
-ablations, drawing, data, methods, protocol, records, tables, tasks, training = (
-    importlib.import_module(f"accuracy.{name}") for name in parts
-)
+from examples.benchmarks import compare, report
+from examples.benchmarks.accuracy import ablations, drawing, methods, protocol, records, tables, tasks, training
+from examples.benchmarks.accuracy import images as data
+
 HIDDEN, LAYERS = 32, 2  # of tiny_backbone
 CLASSES = 3
 HEAD = HIDDEN * CLASSES + CLASSES

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
-BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-growth = importlib.import_module("growth")
+from examples.benchmarks import growth
 
 TINY = [
     "--image-size=16", "--patch-size=4", "--hidden-size=32", "--layers=2", "--heads=4", "--batch-size=2",
@@ -25,7 +21,7 @@ def test_every_measure_at_every_size(tmp_path: Path) -> None:
     assert {(row["dimension"], row["size"], row["measure"]) for row in rows} == expected
     assert all(row["ratio"] > 0 for row in rows)
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    assert len(lines) == len(rows) and "growth.py --image-size=16" in lines[0]["command"]
+    assert len(lines) == len(rows) and "-m examples.benchmarks.growth --image-size=16" in lines[0]["command"]
     assert picture.stat().st_size > 0
 
 

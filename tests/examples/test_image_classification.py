@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import pickle
 import re
 import shutil
 import statistics
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import augmentation
 import evaluate
+import image_classification as script
 import numpy as np
 import pytest
 import torch
@@ -40,9 +40,6 @@ from transformers import (
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"
 RECIPES = ROOT / "examples" / "recipes"
-sys.path.insert(0, str(ROOT / "examples"))
-augmentation = importlib.import_module("augmentation")
-script = importlib.import_module("image_classification")
 
 NAMES = ["blue", "green", "red"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from e2vpt_peft import score_prompts
 from e2vpt_peft.pruning import SCORING_METHODS
 
 pytest.importorskip("sklearn")
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
-importance = importlib.import_module("importance")
+importance = importlib.import_module("examples.benchmarks.importance")
 
 TINY = ["--seeds=1", "--epochs=1", "--train_per_class=2", "--max_test_images=20", "--threads=1"]
 TINY += ["--num_visual_prompts=3", "--num_segments=2"]
@@ -70,10 +68,10 @@ def test_results_of_other_settings_are_not_taken(measured: tuple[Path, list[dict
 
 def test_removals_are_what_leave_one_out_computes() -> None:
     options = importance.Arguments(train_per_class=2, max_test_images=4, num_visual_prompts=3, num_segments=2)
-    quickstart, task, train, _ = importance.load_task(options, None, 0)
-    images = importance.batches(options, quickstart, train)
+    train, _ = importance.load_task(options, None, 0)
+    images = importance.batches(options, train)
     for depth in options.depths:
-        model = importance.make_model(options, quickstart, task, train, depth).eval()
+        model = importance.make_model(options, train, 0, depth).eval()
         removed = importance.removals(model, images, [0, 3], num_segments=2)
         scores = score_prompts(model, images, "leave_one_out", progress_bar=False)
         torch.testing.assert_close(removed.tokens, scores.tokens.float(), atol=1e-6, rtol=1e-3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,6 @@ from PIL import Image as PILImage
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTModel
 
 pytest.importorskip("matplotlib")
-EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
 pretrain_backbone = importlib.import_module("pretrain_backbone")
 
 TINY = [

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 pytest.importorskip("sklearn")
-BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+script = importlib.import_module("examples.benchmarks.pruning")
 
 TINY = ["--seeds=1", "--epochs=3", "--train_per_class=2", "--max_test_images=20", "--threads=1"]
 TINY += ["--num_visual_prompts=3", "--num_segments=4", "--learning_rates", "0.01"]
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("pruning_benchmark", BENCHMARKS / "pruning.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["pruning_benchmark"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_half_compares_pruned_with_unpruned(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_half_compares_pruned_with_unpruned(capsys: pytest.CaptureFixture[str]) -> None:
     (row,) = script.main([*TINY, "--what=half"])
     assert 0 <= row["pruned"] <= 1 and 0 <= row["unpruned"] <= 1
     # 1 of 3 tokens goes, half of the segments of the others, no key-value prompts: the same with any seed
@@ -35,9 +23,7 @@ def test_half_compares_pruned_with_unpruned(script: ModuleType, capsys: pytest.C
     assert "| digits | 1 | 0.01 |" in capsys.readouterr().out
 
 
-def test_learning_rate_is_the_best_on_validation_images(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_learning_rate_is_the_best_on_validation_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     args = script.Arguments(learning_rates=[0.1, 0.01, 0.03], out=str(tmp_path / "results.jsonl"))
     results = script.Results(args)
     task = script.Task([], ["validation"], ["test"], None)
@@ -53,9 +39,7 @@ def test_learning_rate_is_the_best_on_validation_images(
     assert tried == [0.01, 0.03, 0.1]  # once each: the second time the file has them
 
 
-def test_searches_share_their_trainings_and_are_resumed(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_searches_share_their_trainings_and_are_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "results.jsonl"
     command = [*TINY, "--what=search", "--rates", "0.4", "0.7", "--halving_rounds=2", f"--out={out}"]
     (row,) = script.main(command)

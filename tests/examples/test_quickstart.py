@@ -1,10 +1,9 @@
-"""The quickstart: its data, its table, its check of the saved adapter, and what it claims."""
+"""The quickstart: the data and the backbone that it shares, its table, its check of the saved adapter, its claim."""
 
 from __future__ import annotations
 
 import importlib
 import statistics
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +16,13 @@ from transformers import AutoModelForImageClassification
 pytest.importorskip("sklearn")
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"
-sys.path.insert(0, str(ROOT / "examples"))
-quickstart = importlib.import_module("quickstart")
+data_and_backbone, quickstart = (importlib.import_module(name) for name in ("data_and_backbone", "quickstart"))
 
 BRIEF = ["--epochs=1", "--train_per_class=2", "--max_test_images=48"]
 
 
-def arguments(**options: object) -> quickstart.QuickstartArguments:
-    return quickstart.QuickstartArguments(**options)
+def load_data(dataset: str | None = None, train_per_class: int = 50, seed: int = 0) -> tuple[Dataset, Dataset]:
+    return data_and_backbone.load_data(dataset, train_per_class, max_test_images=2000, seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +35,11 @@ def pictures() -> Dataset:
 
 
 def test_backbone_is_small_and_loads() -> None:
-    files = list(Path(quickstart.BACKBONE).iterdir())
+    files = list(Path(data_and_backbone.BACKBONE).iterdir())
     assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"} == {f.name for f in files}
     assert sum(file.stat().st_size for file in files) <= 3_000_000
     model, info = AutoModelForImageClassification.from_pretrained(
-        quickstart.BACKBONE, num_labels=10, output_loading_info=True
+        data_and_backbone.BACKBONE, num_labels=10, output_loading_info=True
     )
     assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"}
     assert not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -49,7 +47,7 @@ def test_backbone_is_small_and_loads() -> None:
 
 
 def test_few_labels_and_the_rest_to_test() -> None:
-    train, test = quickstart.load_data(arguments(train_per_class=7))
+    train, test = load_data(train_per_class=7)
     labels = train["label"][:]
     assert [labels.count(digit) for digit in range(10)] == [7] * 10
     assert len(train) + len(test) == 1797
@@ -60,16 +58,18 @@ def test_few_labels_and_the_rest_to_test() -> None:
 
 def test_split_depends_on_the_seed_alone() -> None:
     first, again, other = (
-        [np.asarray(image).tobytes() for image in quickstart.load_data(arguments(seed=seed))[0]["image"]]
-        for seed in (0, 0, 1)
+        [np.asarray(image).tobytes() for image in load_data(seed=seed)[0]["image"]] for seed in (0, 0, 1)
     )
     assert first == again
     assert first != other
 
 
 def test_both_methods_start_with_the_same_head() -> None:
-    label = quickstart.load_data(arguments())[0].features["label"]
-    first, again, other = (quickstart.load_backbone(arguments(), label, seed).classifier.weight for seed in (0, 0, 1))
+    label = load_data()[0].features["label"]
+    first, again, other = (
+        data_and_backbone.load_backbone(data_and_backbone.BACKBONE, label, seed).classifier.weight
+        for seed in (0, 0, 1)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -113,7 +113,7 @@ def test_own_data(tmp_path: Path, pictures: Dataset, layout: str) -> None:
             pictures.select(range(9)).to_parquet(folder / "test.parquet")
         if layout == "parquet file":
             source = folder / "train.parquet"
-    train, test = quickstart.load_data(arguments(dataset=str(source), train_per_class=4))
+    train, test = load_data(str(source), train_per_class=4)
     assert sorted(train["label"][:]) == [0] * 4 + [1] * 4 + [2] * 4
     assert len(test) == (9 if layout == "parquet splits" else 12)
     results = quickstart.main([*BRIEF, f"--dataset={source}", f"--output_dir={tmp_path / 'out'}"])
@@ -123,7 +123,7 @@ def test_own_data(tmp_path: Path, pictures: Dataset, layout: str) -> None:
 def test_no_image_left_to_test_on(tmp_path: Path, pictures: Dataset) -> None:
     pictures.to_parquet(tmp_path / "all.parquet")
     with pytest.raises(ValueError, match="train_per_class=8 leaves no image"):
-        quickstart.load_data(arguments(dataset=str(tmp_path / "all.parquet"), train_per_class=8))
+        load_data(str(tmp_path / "all.parquet"), train_per_class=8)
 
 
 def test_another_backbone_and_real_photographs(tmp_path: Path) -> None:

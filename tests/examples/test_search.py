@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import pickle
 import subprocess
 import sys
@@ -19,13 +18,10 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from torch import nn
 
-BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-compare, report = (importlib.import_module(name) for name in ("compare", "report"))
-parts = ("checkpoints", "engines", "methods", "protocol", "records", "tasks", "training")
-checkpoints, engines, methods, protocol, records, tasks, training = (
-    importlib.import_module(f"accuracy.{name}") for name in parts
-)
+from examples.benchmarks import compare, report
+from examples.benchmarks.accuracy import checkpoints, engines, methods, protocol, records, tasks, training
+
+ROOT = Path(__file__).parents[2]
 EPOCHS = 9
 CLASSES = 3
 PRUNED = methods.e2vpt("E²VPT, pruned", methods.Pruning())
@@ -160,7 +156,7 @@ def test_a_state_is_replaced_as_a_whole_and_runs_no_code(tmp_path: Path, monkeyp
             folder.write(settings, {"epoch": 2})
     assert folder.read(settings) == {"epoch": 1}
     assert folder.read({"seed": 1}) is None
-    torch.save({"epoch": BENCHMARKS}, folder.path(settings))  # an object, not a tensor or a number
+    torch.save({"epoch": ROOT}, folder.path(settings))  # an object, not a tensor or a number
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         folder.read(settings)
     folder.forget(settings)
@@ -286,15 +282,15 @@ def test_kills_change_no_result(
     plan = protocol.Plan(**{**vars(plan), "epochs": 30})
     out = tmp_path / "killed.jsonl"
     command = [
-        sys.executable, str(BENCHMARKS / "compare.py"), f"--out={out}", f"--data_dir={data_dir}", "--tasks=noise",
-        f"--model={tiny_backbone}", "--epochs=30", "--batch_size=8", "--seeds=0", "--device=cpu",
+        sys.executable, "-m", "examples.benchmarks.compare", f"--out={out}", f"--data_dir={data_dir}",
+        "--tasks=noise", f"--model={tiny_backbone}", "--epochs=30", "--batch_size=8", "--seeds=0", "--device=cpu",
         f"--engine={name}", "--processes=2", "--checkpoint_seconds=0.1", "--methods", "E²VPT, pruned",
     ]  # fmt: skip
 
     def half_done() -> list[Path]:
         return [path for path in tmp_path.glob("killed.jsonl.unfinished-*/*") if path.is_file()]
 
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         wait_for(half_done, process)
         killed = workers_of(process)[0]
@@ -308,7 +304,7 @@ def test_kills_change_no_result(
     assert not alive, "the workers end with the command"
     before = lines(out)
 
-    compare.main(command[2:])
+    compare.main(command[3:])
     compare.run_cell(task, [methods.METHODS[-1]], plan, tmp_path / "alone.jsonl", 1, 60.0)
     assert lines(out) == lines(tmp_path / "alone.jsonl") and before.items() <= lines(out).items()
     assert half_done() == []

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from examples.benchmarks import speed
 from tests.support.models import images, tiny_vit
-
-BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-speed = importlib.import_module("speed")
 
 TINY = [
     "--image-size=16", "--patch-size=4", "--hidden-size=32", "--layers=2", "--heads=4", "--batch-size", "2", "3",
@@ -59,10 +54,10 @@ def test_table_has_every_comparison(tmp_path: Path, capsys: pytest.CaptureFixtur
 
     printed = capsys.readouterr().out
     assert printed.count("\n| ") == len(rows) + 2
-    assert f"torch {torch.__version__}" in printed and "speed.py --image-size=16" in printed
+    assert f"torch {torch.__version__}" in printed and "-m examples.benchmarks.speed --image-size=16" in printed
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [line["ratio"] for line in lines] == [row.ratio for row in rows]
-    assert all(line["torch"] == torch.__version__ and "speed.py" in line["command"] for line in lines)
+    assert all(line["torch"] == torch.__version__ and "benchmarks.speed " in line["command"] for line in lines)
 
 
 def test_runs_in_bfloat16() -> None:

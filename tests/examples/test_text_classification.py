@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import text_classification
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DistilBertConfig, DistilBertModel
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-text_classification = importlib.import_module("text_classification")
 
 BRIEF = ["--epochs=1", "--train_per_class=2", "--max_test_texts=16", "--max_length=12"]
 needs_bert = pytest.mark.skipif(

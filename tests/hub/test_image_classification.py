@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +28,9 @@ OPTIONS = [
 
 
 def run_script(folder: Path, options: list[str]) -> dict[str, float]:
+    import image_classification as script
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    sys.path.insert(0, str(ROOT / "examples"))
-    script = importlib.import_module("image_classification")
     backbone = ROOT / "examples" / "backbone"
     AutoModelForImageClassification.from_pretrained(backbone).push_to_hub("ann/backbone", token="hf_ann")
     AutoImageProcessor.from_pretrained(backbone).push_to_hub("ann/backbone", token="hf_ann")

@@ -4,11 +4,3 @@
 `training` trains one model once, `protocol` decides what to train, `records` keeps the results, `tables` and `plots`
 show them.
 """
-
-import sys
-from pathlib import Path
-
-EXAMPLES = Path(__file__).parents[2]
-
-if str(EXAMPLES) not in sys.path:
-    sys.path.append(str(EXAMPLES))  # for quickstart.py, whose backbone and digits serve here, too

@@ -89,11 +89,12 @@ class RayEngine:
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # whose progress tables cannot be turned off
         import ray
 
-        here = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+        checkout = str(Path(__file__).parents[3])  # where Ray's processes find this package, wherever they start
+        path = os.pathsep.join([checkout, *filter(None, [os.environ.get("PYTHONPATH")])])
         options: dict[str, Any] = {
             "log_to_driver": False,
             "logging_level": "error",
-            "runtime_env": {"env_vars": {"PYTHONPATH": here}},
+            "runtime_env": {"env_vars": {"PYTHONPATH": path}},
         }
         if self.workers.address is None:
             options |= {

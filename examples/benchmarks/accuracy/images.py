@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from datasets import Image, load_dataset
 from PIL import Image as PILImage
-from quickstart import load_digits
+
+from examples.data_and_backbone import load_digits
 
 from .drawing import draw_task
 from .tasks import Task

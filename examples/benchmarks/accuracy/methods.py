@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any
 
 from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, get_peft_model
-from quickstart import HEAD
 from torch import nn
 from transformers import PreTrainedModel
 
 from e2vpt_peft import E2VPTConfig
+from examples.data_and_backbone import HEAD
 
 from .tasks import Task
 

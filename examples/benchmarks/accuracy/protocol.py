@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from datasets import ClassLabel
-from quickstart import HEAD, QuickstartArguments, load_backbone
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor
 
 from e2vpt_peft import PromptScores, prune_prompts, rewind_prompts, score_prompts
+from examples.data_and_backbone import HEAD, load_backbone
 
 from .checkpoints import Checkpoints, Clock, History, Progress
 from .images import Images, Splits, load
@@ -200,7 +200,7 @@ class Trainings:
     def build_backbone(self, seed: int) -> Any:
         """The backbone, with a head that depends on the seed."""
         names = ClassLabel(num_classes=self.splits.classes)
-        return load_backbone(QuickstartArguments(model=self.plan.model), names, seed).to(self.device)
+        return load_backbone(self.plan.model, names, seed).to(self.device)
 
     def build(self, method: Method, seed: int) -> nn.Module:
         return method.adapt(self.build_backbone(seed), self.task).to(self.device)

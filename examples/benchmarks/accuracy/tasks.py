@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from . import EXAMPLES
 from .drawing import DRAWN
 
 Layout = Literal["vtab", "fgvc", "digits", "drawn", "dataset"]
 
-PAPER: dict[str, Any] = json.loads((EXAMPLES / "recipes" / "paper_settings.json").read_text(encoding="utf-8"))
+SETTINGS = Path(__file__).parents[2] / "recipes" / "paper_settings.json"
+PAPER: dict[str, Any] = json.loads(SETTINGS.read_text(encoding="utf-8"))
 
 GROUPS = ("natural", "specialized", "structured", "fgvc")
 

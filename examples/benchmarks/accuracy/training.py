@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from quickstart import HEAD
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
+
+from examples.data_and_backbone import HEAD
 
 from .checkpoints import Progress
 from .images import Images
