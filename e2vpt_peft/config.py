@@ -111,7 +111,7 @@ class E2VPTConfig(PeftConfig):
     share_kv_prompts: bool = field(
         default=True, metadata={"help": "Whether one tensor serves as key and as value prompts."}
     )
-    init_weights: Union[bool, Literal["kaiming_uniform", "trunc_normal"]] = field(
+    init_weights: Literal[True, False, "kaiming_uniform", "trunc_normal"] = field(
         default="kaiming_uniform",
         metadata={
             "help": (
