@@ -19,6 +19,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .flex import avoid_faulty_head_size
+
 if TYPE_CHECKING:
     from .layer import E2VPTLayer
 
@@ -105,8 +107,11 @@ def prefix_attention(
         kwargs["position_bias"] = F.pad(kwargs["position_bias"], (prefix.keys.shape[1], 0))
     eager: Any = layer.site.eager_attention
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    key, value = prepend(prefix.keys, key), prepend(prefix.values, value)
+    if implementation == "flex_attention":
+        query, key, kwargs["scaling"] = avoid_faulty_head_size(query, key, kwargs.get("scaling"))
     # The wrapper stands in for its base layer because it has the real config, which the implementations may read.
-    return attend(layer, query, prepend(prefix.keys, key), prepend(prefix.values, value), attention_mask, **kwargs)
+    return attend(layer, query, key, value, attention_mask, **kwargs)
 
 
 def eager_attention_of(module: nn.Module) -> Optional[Callable[..., Any]]:
