@@ -22,8 +22,8 @@ def avoid_faulty_head_size(
     """Widen queries and keys by zeros where PyTorch's compiled flex attention would be wrong. Scores stay the same.
 
     For AVX2, PyTorch (2.13) multiplies queries and keys in blocks of 16 keys. With heads of 8 or 16, and 8 keys left
-    for the last block, it computes 16 all the same: it reads 8 keys behind the last one, and writes their scores over the
-    running maximum of the softmax. The result is then wrong or NaN, depending on what is in memory behind the keys. A
+    for the last block, it computes 16 all the same: it reads 8 keys behind the last one, and writes their scores over
+    the running maximum of the softmax. The result is wrong or NaN, depending on what is in memory behind the keys. A
     prefix makes such lengths where the backbone has none. Other head sizes go through another kernel, which is right.
 
     Args:
