@@ -18,6 +18,7 @@ from e2vpt_peft import E2VPTConfig
 from e2vpt_peft.route import Route
 from e2vpt_peft.running_pass import RunningPass, running, running_pass
 
+from .support.flex import skip_where_torch_is_wrong
 from .support.models import TINY_MODELS, images, tiny_vit
 
 DEEP: dict[str, dict[str, Any]] = {
@@ -117,6 +118,7 @@ def test_flex_attention(mix: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_compiled_flex_attention() -> None:
+    skip_where_torch_is_wrong()
     assert_mixed_batch_is_right(adapted(tiny_vit(attn_implementation="flex_attention"), DEEP))
 
 

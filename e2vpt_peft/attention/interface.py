@@ -29,6 +29,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .flex import avoid_faulty_head_size
 from .mask import extend_mask
 from .prefix import PrefixSource, WayIn, prepend
 
@@ -120,8 +121,11 @@ def prefix_attention(
     )
     if kwargs.get("position_bias") is not None:
         kwargs["position_bias"] = F.pad(kwargs["position_bias"], (count, 0))
+    key, value = prepend(prefix.keys, key), prepend(prefix.values, value)
+    if implementation == "flex_attention":
+        query, key, kwargs["scaling"] = avoid_faulty_head_size(query, key, kwargs.get("scaling"))
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, view._eager)
-    return attend(source, query, prepend(prefix.keys, key), prepend(prefix.values, value), attention_mask, **kwargs)
+    return attend(source, query, key, value, attention_mask, **kwargs)
 
 
 def eager_attention_of(module: nn.Module) -> Optional[Callable[..., Any]]:

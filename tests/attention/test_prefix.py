@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ..support.flex import skip_where_torch_is_wrong
 from ..support.models import TINY_MODELS, images, tiny_vit
 from ..support.prompted import with_prompts
 from ..support.reference import random_prompts, token_insertion
@@ -67,6 +68,7 @@ def test_an_attention_mask_of_the_user_hides_tokens_and_no_prompts(make, kind, a
 @pytest.mark.parametrize("kind", ["deep", "shallow"])
 @torch.no_grad()  # of which flex attention has none on a CPU
 def test_flex_attention_equals_token_insertion(kind):
+    skip_where_torch_is_wrong()
     model = tiny_vit(hidden_size=64)
     prompts = random_prompts(model, **KINDS[kind])
     logits, _ = token_insertion(model, images(), prompts)
@@ -78,6 +80,7 @@ def test_flex_attention_equals_token_insertion(kind):
 @pytest.mark.slow
 @torch.no_grad()
 def test_flex_attention_with_a_mask_equals_token_insertion():
+    skip_where_torch_is_wrong()
     model = tiny_vit(hidden_size=64)
     prompts = random_prompts(model, **KINDS["deep"])
     key_mask = torch.ones(3, 17, dtype=torch.bool)
