@@ -15,10 +15,11 @@ test: $(VENV)/.dev ## the whole test suite, slow tests included
 test-fast: $(VENV)/.dev ## the tests that take seconds
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow"
 
-lint: $(VENV)/.dev
+lint: $(VENV)/.dev ## style, types, and that imports point one way
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 docs: $(VENV)/.dev ## build the documentation, warnings are errors
 	$(BIN)/mkdocs build --strict --quiet

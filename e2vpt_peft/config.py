@@ -289,7 +289,7 @@ class E2VPTConfig(PeftConfig):
             ValueError: A field has a value that is not allowed or is of a newer version, or the weights are pickled,
             damaged, not finite, or not what the configuration says.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config: PeftConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, E2VPTConfig):
             download, _, _ = cls._split_kwargs(kwargs)
             check_adapter_file(config._expected_weights(), pretrained_model_name_or_path, subfolder, download)

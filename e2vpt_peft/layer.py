@@ -157,12 +157,12 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         others = running_pass().visual_prompts
         if others is not None:
             return others[self]
-        prompts = self.e2vpt_visual_prompts[adapter_name]
+        prompts: torch.Tensor = self.e2vpt_visual_prompts[adapter_name]
         if adapter_name not in self.kept_components:
             return prompts
         size = self._num_kept(adapter_name) * self.site.hidden_size
-        dense = prompts.new_zeros(size).index_copy(0, self.kept_components[adapter_name], prompts)
-        return dense.unflatten(0, (-1, self.site.hidden_size))
+        dense: torch.Tensor = prompts.new_zeros(size).index_copy(0, self.kept_components[adapter_name], prompts)
+        return dense.view(-1, self.site.hidden_size)
 
     def set_visual_prompts(self, adapter_name: str, prompts: torch.Tensor) -> None:
         """Give visual prompts, as far as the masks in the adapter's config keep them, new values.
@@ -330,7 +330,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         empty = torch.empty(1, 0, self.site.num_heads, self.site.head_size, dtype=dtype, device=device)
         return empty, empty
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> Any:
         # An attention has no weight of its own: prompts go where its key projection is.
         return super()._get_base_layer_device_and_dtype(getattr(base_layer, self.site.key_projection))
 

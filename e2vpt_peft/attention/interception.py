@@ -173,7 +173,7 @@ class ProductsMode(TorchFunctionMode):
             self.prefixed = self.prefixed.masked_fill(~prefix.visible[:, None, None], float("-inf"))
         self.bias = prefix.bias
 
-    def _follow(self, func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+    def _follow(self, func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         assert self.prefixed is not None and self.values is not None
         if name == "softmax":
             count = self.prefixed.shape[-1]

@@ -55,7 +55,8 @@ class ThroughInterface(WayIn):
         attention.config = view._config
 
     def implementation(self, config: Any) -> str:
-        return config._attn_implementation
+        implementation: str = config._attn_implementation
+        return implementation
 
 
 class PrefixedConfig:
@@ -87,7 +88,7 @@ def prefix_attention(
     value: torch.Tensor,
     attention_mask: Any,
     **kwargs: Any,
-) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+) -> Any:
     """Attention over `[prefix ; keys]` and `[prefix ; values]`, by the implementation that the model is set to.
 
     Args:
@@ -96,7 +97,7 @@ def prefix_attention(
         attention_mask: As the configured implementation takes it.
 
     Returns:
-        `tuple`: What that implementation returns. Attention weights have a column for every prefix row, before those
+        What that implementation returns: outputs, and attention weights or `None`. Attention weights have a column for every prefix row, before those
         of the sequence.
 
     Raises:
@@ -124,7 +125,7 @@ def prefix_attention(
     key, value = prepend(prefix.keys, key), prepend(prefix.values, value)
     if implementation == "flex_attention":
         query, key, kwargs["scaling"] = avoid_faulty_head_size(query, key, kwargs.get("scaling"))
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, view._eager)
+    attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, view._eager)
     return attend(source, query, key, value, attention_mask, **kwargs)
 
 

@@ -87,7 +87,7 @@ def _extend_block_mask(
     position: int,
     insert_queries: bool,
 ) -> BlockMask:
-    def may_see(batch: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
+    def may_see(batch: Any, head: Any, query: Any, key: Any) -> Any:
         is_new = (key >= position) & (key < position + count)
         sees_new = is_new
         if visible is not None:

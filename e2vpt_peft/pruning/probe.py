@@ -59,7 +59,7 @@ class Probe:
             ValueError: It has returned none.
         """
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        if loss is None:
+        if not isinstance(loss, torch.Tensor):
             raise ValueError(
                 f"The model returns no loss for a batch of {sorted(self.batch)}: batches need labels, and the model a "
                 "head that computes a loss."

@@ -161,7 +161,8 @@ class ModelCardTrainer(Trainer):
         return None
 
     def _adapted_model(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return model
 
 
 def results_in(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
