@@ -114,7 +114,7 @@ class PromptedAdapter:
     @property
     def visual_layers(self) -> list[E2VPTLayer]:
         """The layers that have visual prompts: all if they are deep, one if they are shallow."""
-        return [layer for layer in self.layers if layer.has_visual_prompts[self.name]]
+        return [layer for layer in self.layers if layer.has_visual_prompts(self.name)]
 
     def num_parameters(self, masks: Optional[PromptMasks] = None) -> int:
         """The number of parameters of the prompts, without `modules_to_save`.
@@ -126,7 +126,7 @@ class PromptedAdapter:
         count = 0
         for layer in self.layers:
             shapes = prompt_shapes(self.config, layer.site, masks)
-            if not layer.has_visual_prompts[self.name]:
+            if not layer.has_visual_prompts(self.name):
                 shapes.pop(VISUAL_PROMPTS, None)
             count += sum(map(prod, shapes.values()))
         return count

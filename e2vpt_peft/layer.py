@@ -49,7 +49,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = (VISUAL_PROMPTS, KV_PROMPTS)
-    other_param_names = ("adapter_configs", "has_visual_prompts", "kept_components", "initial_prompts")
+    other_param_names = ("adapter_configs", "kept_components", "initial_prompts")
 
     def __init__(self, base_layer: nn.Module, site: AttentionSite) -> None:
         super().__init__()
@@ -58,7 +58,6 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         self.e2vpt_visual_prompts = nn.ParameterDict()
         self.e2vpt_kv_prompts = nn.ParameterDict()
         self.adapter_configs: dict[str, E2VPTConfig] = {}
-        self.has_visual_prompts: dict[str, bool] = {}
         # Where the parameters of prompts with pruned segments belong; made from the config, so not saved.
         self.kept_components = BufferDict(persistent=False)
         # What `rewind_prompts` goes back to: plain tensors on the CPU, which no state dict and no file has.
@@ -99,31 +98,31 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             has_visual_prompts (`bool`): Whether it has visual prompts here: shallow ones exist in one layer only.
         """
         self.adapter_configs[adapter_name] = config
-        self.has_visual_prompts[adapter_name] = has_visual_prompts
-        self.draw_initial_prompts(adapter_name)
+        self.draw_initial_prompts(adapter_name, has_visual_prompts)
         self.rewind(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def draw_initial_prompts(self, adapter_name: str) -> None:
+    def draw_initial_prompts(self, adapter_name: str, has_visual_prompts: bool) -> None:
         """Draw new initial values for the prompts of an adapter, pruned ones included; see `init_weights`."""
-        site, config = self.site, self.adapter_configs[adapter_name]
-        shapes = prompt_shapes(config, site)
-        initial = self.initial_prompts[adapter_name] = {}
-        if self.has_visual_prompts[adapter_name]:
-            visual = torch.empty(shapes[VISUAL_PROMPTS])
-            initial["visual"] = _draw(visual, site.patch_fan_in + site.hidden_size, config)
-        if config.num_kv_prompts:
-            kv = torch.empty(shapes[KV_PROMPTS])
-            initial["kv"] = _draw(kv, config.num_kv_prompts * site.head_size, config)
+        config, site = self.adapter_configs[adapter_name], self.site
+        fans = {
+            VISUAL_PROMPTS: site.patch_fan_in + site.hidden_size,
+            KV_PROMPTS: config.num_kv_prompts * site.head_size,
+        }
+        self.initial_prompts[adapter_name] = {
+            name: _draw(torch.empty(shape), fans[name], config)
+            for name, shape in prompt_shapes(config, site).items()
+            if has_visual_prompts or name != VISUAL_PROMPTS
+        }
 
     def rewind(self, adapter_name: str) -> None:
         """Put the prompts of an adapter, as far as they are not pruned, to their initial values."""
         initial = self.initial_prompts[adapter_name]
-        if "visual" in initial:
-            self.set_visual_prompts(adapter_name, initial["visual"])
-        if "kv" in initial:
-            _set_parameter(self.e2vpt_kv_prompts, adapter_name, initial["kv"])
+        if VISUAL_PROMPTS in initial:
+            self.set_visual_prompts(adapter_name, initial[VISUAL_PROMPTS])
+        if KV_PROMPTS in initial:
+            _set_parameter(self.e2vpt_kv_prompts, adapter_name, initial[KV_PROMPTS])
 
     def forget_initial_prompts_if_untrained(self, adapter_name: str) -> None:
         """Drop the initial values of an adapter that is about to be loaded, if it was made to that end only.
@@ -131,18 +130,21 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         They are not what the loaded prompts started from. Those of an adapter that has been trained here stay, for
         example when a trainer loads its best checkpoint.
         """
-        initial = self.initial_prompts.get(adapter_name, {})
-        prompts = [self.e2vpt_visual_prompts, self.e2vpt_kv_prompts]
-        untrained = any(kind[adapter_name].is_meta for kind in prompts if adapter_name in kind)
-        if not untrained:
-            current = {"kv": self.e2vpt_kv_prompts[adapter_name].detach()} if "kv" in initial else {}
-            if "visual" in initial:
-                current["visual"] = self.full_prompts(adapter_name)
-            untrained = all(
-                torch.equal(current[kind].cpu(), initial[kind].to(current[kind].dtype)) for kind in initial
-            )
-        if untrained:
-            self.initial_prompts.pop(adapter_name, None)
+        values = {
+            VISUAL_PROMPTS: lambda: self.full_prompts(adapter_name),
+            KV_PROMPTS: lambda: self.e2vpt_kv_prompts[adapter_name].detach(),
+        }
+        for name, initial in self.initial_prompts.get(adapter_name, {}).items():
+            if getattr(self, name)[adapter_name].is_meta:
+                break  # there are no values yet
+            current = values[name]()
+            if not torch.equal(current.cpu(), initial.to(current.dtype)):
+                return
+        self.initial_prompts.pop(adapter_name, None)
+
+    def has_visual_prompts(self, adapter_name: str) -> bool:
+        """Whether an adapter has visual prompts here: shallow ones exist in one layer only."""
+        return adapter_name in self.e2vpt_visual_prompts
 
     def full_prompts(self, adapter_name: str) -> torch.Tensor:
         """The values of visual prompts, (number before pruning, hidden size), with zeros where they are pruned."""
@@ -201,7 +203,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         """
         adapters = self._running_adapters()
         samples = self._prompt_samples(batch_size)
-        deep = [name for name in adapters if name in self.e2vpt_visual_prompts and not self._is_shallow(name)]
+        deep = [name for name in adapters if self.has_visual_prompts(name) and not self._is_shallow(name)]
         projected = self._project({name: self._visual_prompts(name, samples) for name in deep}, dtype)
         keys, values = [], []
         for name in adapters:
@@ -258,10 +260,10 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         return self.adapter_configs[adapter_name].visual_prompt_depth == "shallow"
 
     def _is_inserted(self, adapter_name: str) -> bool:
-        return adapter_name in self.e2vpt_visual_prompts and self._is_shallow(adapter_name)
+        return self.has_visual_prompts(adapter_name) and self._is_shallow(adapter_name)
 
     def _is_in_prefix(self, adapter_name: str) -> bool:
-        is_deep = adapter_name in self.e2vpt_visual_prompts and not self._is_shallow(adapter_name)
+        is_deep = self.has_visual_prompts(adapter_name) and not self._is_shallow(adapter_name)
         return is_deep or adapter_name in self.e2vpt_kv_prompts
 
     def _prompt_samples(self, batch_size: int) -> int:

@@ -97,8 +97,8 @@ def prefix_attention(
         attention_mask: As the configured implementation takes it.
 
     Returns:
-        What that implementation returns: outputs, and attention weights or `None`. Attention weights have a column for every prefix row, before those
-        of the sequence.
+        What that implementation returns: outputs, and attention weights or `None`. Attention weights have a column for
+        every prefix row, before those of the sequence.
 
     Raises:
         ValueError: The attention has a window that the implementation counts from the first key.

@@ -50,7 +50,7 @@ def rewind_prompts(
         adapter.set_masks(PromptMasks.unpruned(adapter.config))
     for layer in adapter.layers:
         if init == "fresh":
-            layer.draw_initial_prompts(adapter.name)
+            layer.draw_initial_prompts(adapter.name, layer.has_visual_prompts(adapter.name))
         layer.rewind(adapter.name)
     for module in adapter.saved_modules.values():
         module.modules_to_save[adapter.name].load_state_dict(module.original_module.state_dict())

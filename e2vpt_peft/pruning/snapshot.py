@@ -83,10 +83,10 @@ class InitialValues:
     def restore(self, adapter: PromptedAdapter) -> None:
         """Have [`rewind_prompts`] go back to these values."""
         for index, layer in enumerate(adapter.layers):
-            names = {kind: f"{index}.{kind}" for kind in ("visual", "kv")}
-            known = {kind: self.values[name].clone() for kind, name in names.items() if name in self.values}
+            prefix = f"{index}."
+            known = {key.removeprefix(prefix): key for key in self.values if key.startswith(prefix)}
             if known:
-                layer.initial_prompts[adapter.name] = known
+                layer.initial_prompts[adapter.name] = {kind: self.values[key].clone() for kind, key in known.items()}
         for name, wrapper in adapter.saved_modules.items():
             module = wrapper.original_module
             module.load_state_dict({key: self.values[f"{name}:{key}"] for key in module.state_dict()})

@@ -304,7 +304,7 @@ def test_an_adapter_that_was_loaded_has_no_initial_values_to_go_back_to(tmp_path
 
 def test_loading_a_checkpoint_of_the_same_run_keeps_the_initial_values(tmp_path):
     model = adapted()
-    rewind_to = [layer.initial_prompts["default"]["visual"].clone() for layer in layers_of(model)]
+    rewind_to = [layer.initial_prompts["default"]["e2vpt_visual_prompts"].clone() for layer in layers_of(model)]
     model.save_pretrained(tmp_path)
     model.load_adapter(tmp_path, "default", is_trainable=True)
     rewind_prompts(model)
