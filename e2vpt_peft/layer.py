@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NoReturn, Optional
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 from .attention.prefix import Prefix, WayIn
 from .attention.site import AttentionSite
 from .config import E2VPTConfig
+from .initialization import draw_prompts
 from .masks import PromptMasks
 from .mixed_batch import RoutedModulesToSave
 from .prompt_shapes import KV_PROMPTS, VISUAL_PROMPTS, prompt_shapes
@@ -24,9 +24,6 @@ CANNOT_MERGE = (
     "E2VPT adapters cannot be merged: prompts are extra keys and values in the attention, to which no change of the "
     "backbone's weights is equivalent. Keep the adapter, which costs little, or take it off with `unload()`."
 )
-
-TRUNC_NORMAL_STD = 0.02
-"""Of `init_weights="trunc_normal"`: what transformers and timm initialise the tokens of a ViT with."""
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
@@ -105,16 +102,8 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
 
     def draw_initial_prompts(self, adapter_name: str, has_visual_prompts: bool) -> None:
         """Draw new initial values for the prompts of an adapter, pruned ones included; see `init_weights`."""
-        config, site = self.adapter_configs[adapter_name], self.site
-        fans = {
-            VISUAL_PROMPTS: site.patch_fan_in + site.hidden_size,
-            KV_PROMPTS: config.num_kv_prompts * site.head_size,
-        }
-        self.initial_prompts[adapter_name] = {
-            name: _draw(torch.empty(shape), fans[name], config)
-            for name, shape in prompt_shapes(config, site).items()
-            if has_visual_prompts or name != VISUAL_PROMPTS
-        }
+        config = self.adapter_configs[adapter_name]
+        self.initial_prompts[adapter_name] = draw_prompts(config, self.site, has_visual_prompts)
 
     def rewind(self, adapter_name: str) -> None:
         """Put the prompts of an adapter, as far as they are not pruned, to their initial values."""
@@ -130,17 +119,18 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         They are not what the loaded prompts started from. Those of an adapter that has been trained here stay, for
         example when a trainer loads its best checkpoint.
         """
-        values = {
-            VISUAL_PROMPTS: lambda: self.full_prompts(adapter_name),
-            KV_PROMPTS: lambda: self.e2vpt_kv_prompts[adapter_name].detach(),
-        }
+        if self._is_untrained(adapter_name):
+            self.initial_prompts.pop(adapter_name, None)
+
+    def _is_untrained(self, adapter_name: str) -> bool:
         for name, initial in self.initial_prompts.get(adapter_name, {}).items():
-            if getattr(self, name)[adapter_name].is_meta:
-                break  # there are no values yet
-            current = values[name]()
+            parameter = getattr(self, name)[adapter_name]
+            if parameter.is_meta:
+                return True
+            current = self.full_prompts(adapter_name) if name == VISUAL_PROMPTS else parameter.detach()
             if not torch.equal(current.cpu(), initial.to(current.dtype)):
-                return
-        self.initial_prompts.pop(adapter_name, None)
+                return False
+        return True
 
     def has_visual_prompts(self, adapter_name: str) -> bool:
         """Whether an adapter has visual prompts here: shallow ones exist in one layer only."""
@@ -363,14 +353,6 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             "E2VPT does not support nn.DataParallel, which Trainer uses when one process sees several GPUs. Start the "
             "script with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU."
         )
-
-
-def _draw(prompts: torch.Tensor, fan: int, config: E2VPTConfig) -> torch.Tensor:
-    """Fill prompts with initial values."""
-    if config.init_weights == "trunc_normal":
-        return nn.init.trunc_normal_(prompts, std=TRUNC_NORMAL_STD, a=-2 * TRUNC_NORMAL_STD, b=2 * TRUNC_NORMAL_STD)
-    bound = math.sqrt(6 / fan)
-    return prompts.uniform_(-bound, bound)
 
 
 @torch.no_grad()
