@@ -146,11 +146,8 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
 
     def kept_prompts(self, adapter_name: str) -> torch.Tensor:
         """The visual prompts that are not pruned, (number, hidden size), with zeros in pruned segments."""
-        others = running_pass().visual_prompts
-        if others is not None:
-            return others[self]
         prompts: torch.Tensor = self.e2vpt_visual_prompts[adapter_name]
-        if adapter_name not in self.kept_components:
+        if prompts.dim() == 2:  # no segment is pruned, or whoever asks has put others in place of the parameter
             return prompts
         size = self._num_kept(adapter_name) * self.site.hidden_size
         dense: torch.Tensor = prompts.new_zeros(size).index_copy(0, self.kept_components[adapter_name], prompts)
@@ -263,10 +260,10 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         return batch_size if self.training and drops else 1
 
     def _num_kept(self, adapter_name: str) -> int:
-        """The number of visual prompts in the running forward pass, those that are not pruned."""
-        others = running_pass().visual_prompts
-        if others is not None:
-            return len(others[self])
+        """The number of visual prompts that are not pruned."""
+        prompts = self.e2vpt_visual_prompts[adapter_name]
+        if prompts.dim() == 2:
+            return len(prompts)
         config = self.adapter_configs[adapter_name]
         return config.num_visual_prompts if config.token_mask is None else sum(config.token_mask)
 

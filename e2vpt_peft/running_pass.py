@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Optional
@@ -21,9 +21,6 @@ class RunningPass:
     Attributes:
         route ([`Route`], *optional*):
             The adapter of each sample; `None` if all samples go through the active adapters.
-        visual_prompts (`Mapping`, *optional*):
-            By tuner layer, the visual prompts to take in place of its own, (any number, hidden size): for scores,
-            which leave prompts out, and need gradients of them.
         edit_prefix (`Callable`, *optional*):
             Is given each layer, its prefix and the batch size, and returns the prefix to use.
         token_bias (`torch.Tensor`, *optional*):
@@ -31,7 +28,6 @@ class RunningPass:
     """
 
     route: Optional[Route] = None
-    visual_prompts: Optional[Mapping[Any, torch.Tensor]] = None
     edit_prefix: Optional[Callable[[Any, Prefix, int], Prefix]] = None
     token_bias: Optional[torch.Tensor] = None
 

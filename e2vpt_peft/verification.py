@@ -60,9 +60,8 @@ def check_prefix(model: nn.Module, inputs: Mapping[str, Any], *, tolerance: floa
         with evaluating(model):
             with _all(_norm_checked(model, name) for name in names):
                 outputs = _outputs(model, inputs)
-            counts = {layer: len(layer.kept_prompts(adapter.name)) for layer in adapter.layers}
             tokens_inserted = (_tokens_inserted(layer, adapter.name) for layer in adapter.layers)
-            with running(edit_prefix=partial(_without_visual_prompts, counts)), _all(tokens_inserted):
+            with running(edit_prefix=partial(_without_visual_prompts, adapter.masks.num_tokens)), _all(tokens_inserted):
                 expected = _outputs(model, inputs)
     except RuntimeError as error:
         raise ValueError(
@@ -192,10 +191,8 @@ def _tokens_inserted(layer: E2VPTLayer, adapter_name: str) -> Iterator[None]:
             handle.remove()
 
 
-def _without_visual_prompts(
-    counts: Mapping[E2VPTLayer, int], layer: E2VPTLayer, prefix: Prefix, batch_size: int
-) -> Prefix:
-    return Prefix(prefix.keys[:, counts[layer] :], prefix.values[:, counts[layer] :])
+def _without_visual_prompts(count: int, layer: E2VPTLayer, prefix: Prefix, batch_size: int) -> Prefix:
+    return Prefix(prefix.keys[:, count:], prefix.values[:, count:])
 
 
 def _bind(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[inspect.BoundArguments, str]:

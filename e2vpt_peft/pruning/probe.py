@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from peft.tuners.tuners_utils import set_adapter
 from torch import nn
+from torch.func import functional_call
 
 from ..adapter import PromptedAdapter
-from ..running_pass import running
 from ..utils.modes import evaluating
 
 Prompts = Sequence[torch.Tensor]
@@ -41,12 +41,17 @@ class Probe:
         self.segments = adapter.config.num_segments
         self.kept = adapter.masks.kept_segments
         self.prompts = [layer.kept_prompts(adapter.name).detach() for layer in self.layers]
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        parameters = [layer.e2vpt_visual_prompts[adapter.name] for layer in self.layers]
+        self._names = [names[id(parameter)] for parameter in parameters]
 
     def output(self, prompts: Optional[Prompts] = None) -> Any:
-        """What the model returns, with other visual prompts in each layer if given."""
-        prompts = self.prompts if prompts is None else prompts
-        with running(visual_prompts=dict(zip(self.layers, prompts))):
-            return self.model(**self.batch)
+        """What the model returns, with other visual prompts in each layer if given.
+
+        They take the place of the parameters, in their dense form and in any number.
+        """
+        replaced = dict(zip(self._names, self.prompts if prompts is None else prompts))
+        return functional_call(self.model, replaced, args=(), kwargs=dict(self.batch))
 
     def loss(self, prompts: Optional[Prompts] = None) -> torch.Tensor:
         """The loss, with other visual prompts in each layer if given."""

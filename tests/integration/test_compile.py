@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from e2vpt_peft import E2VPTConfig
+from e2vpt_peft import E2VPTConfig, score_prompts
 from e2vpt_peft.running_pass import RunningPass, running_pass
 
 from ..support.models import TINY_MODELS, images, prompt_parameters
@@ -161,6 +161,17 @@ def test_inductor(visual_prompt_depth: str) -> None:
         torch.testing.assert_close(compiled(images()).logits, model(images()).logits, atol=1e-4, rtol=0)
     batch = {"pixel_values": images(), "labels": torch.tensor([0, 1, 2])}
     torch.testing.assert_close(compiled.train()(**batch).loss, model.train()(**batch).loss, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["removal", "attention_gate", "signed"])
+def test_prompts_of_a_compiled_model_have_the_same_scores(method: str) -> None:
+    batch = {"pixel_values": images(), "labels": torch.tensor([0, 1, 2])}
+    model = adapted(tiny())
+    expected = score_prompts(model, [batch], method, progress_bar=False)
+    model.compile(backend="aot_eager")
+    actual = score_prompts(model, [batch], method, progress_bar=False)
+    torch.testing.assert_close(actual.tokens, expected.tokens, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(actual.segments, expected.segments, atol=1e-6, rtol=1e-4)
 
 
 # Different adapters in one batch
