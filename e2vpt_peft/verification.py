@@ -61,7 +61,8 @@ def check_prefix(model: nn.Module, inputs: Mapping[str, Any], *, tolerance: floa
             with _all(_norm_checked(model, name) for name in names):
                 outputs = _outputs(model, inputs)
             tokens_inserted = (_tokens_inserted(layer, adapter.name) for layer in adapter.layers)
-            with running(edit_prefix=partial(_without_visual_prompts, adapter.masks.num_tokens)), _all(tokens_inserted):
+            no_visual_prompts = partial(_without_visual_prompts, adapter.masks.num_tokens)
+            with running(edit_prefix=no_visual_prompts), _all(tokens_inserted):
                 expected = _outputs(model, inputs)
     except RuntimeError as error:
         raise ValueError(
