@@ -93,3 +93,14 @@ def test_an_invalid_value_in_a_file_is_an_error(tmp_path):
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_kv_prompts": -1}))
     with pytest.raises(ValueError, match="num_kv_prompts=-1"):
         PeftConfig.from_pretrained(tmp_path)
+
+
+def test_masks_in_a_config_are_checked():
+    with pytest.raises(ValueError, match="token_mask must be a list of 10"):
+        E2VPTConfig(token_mask=[True])
+    with pytest.raises(ValueError, match="token_mask must be a list of 10"):
+        E2VPTConfig(token_mask=[1] * 10)
+    with pytest.raises(ValueError, match="segment_mask must be a list of 10 lists of 16"):
+        E2VPTConfig(segment_mask=[[True] * 16] * 9)
+    with pytest.raises(ValueError, match="keeps nothing"):
+        E2VPTConfig(token_mask=[False] * 10)

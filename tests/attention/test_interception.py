@@ -9,9 +9,9 @@ from torch import nn
 
 from e2vpt_peft.attention.interception import ProductsMode, ThroughTorchFunctions
 
+from ..support.adapted import adapt, adapted_layers, inputs, make
+from ..support.bare import Bare
 from ..support.models import prompt_parameters
-from ..test_verification import Bare
-from .test_architectures import adapt, adapted_layers, inputs, make
 
 CONFIG = {"target_modules": ["attn"], "num_segments": 1, "attention_norm": "ln_1"}
 
