@@ -15,14 +15,7 @@ from torch import nn
 
 from e2vpt_peft import E2VPTConfig
 
-from ..peft_contract.common import (
-    KINDS,
-    adapted,
-    assert_unchanged,
-    edit_config,
-    small_config,
-    snapshot,
-)
+from ..peft_contract.common import KINDS, adapted, assert_unchanged, edit_config, small_config, snapshot
 from ..support.adapted import assert_refused
 from ..support.models import images, tiny_vit
 

@@ -6,22 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import (
-    PeftModel,
-    get_peft_model,
-)
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from e2vpt_peft.loading.former_names import former_names
 
-from ..peft_contract.common import (
-    adapted,
-    edit_config,
-    layers_of,
-    logits,
-    small_config,
-)
+from ..peft_contract.common import adapted, edit_config, layers_of, logits, small_config
 from ..support.models import TINY_MODELS, tiny_vit
 
 WEIGHTS = "adapter_model.safetensors"
