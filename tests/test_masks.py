@@ -157,6 +157,8 @@ def test_masks_are_equal_and_hashed_by_what_they_keep():
     ]
     assert all(kept != other for other in others) and len({kept, same, *others}) == 4
     assert kept != "masks"
+    empty = [[True] * 4, [False] * 4]
+    assert masks([True, True], empty) != masks([True, False], empty), "a prompt without segments is not a pruned one"
     assert PromptMasks.unpruned(config(2)) != PromptMasks.unpruned(config(3))
 
 

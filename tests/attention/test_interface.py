@@ -11,7 +11,8 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from e2vpt_peft import E2VPTConfig
-from e2vpt_peft.attention.interface import PREFIX_ATTENTION
+from e2vpt_peft.attention.interface import PREFIX_ATTENTION, PrefixedConfig, ThroughInterface, eager_attention_of
+from e2vpt_peft.running_pass import running
 
 from ..support.adapted import adapt, adapted_layers
 from ..support.insertion import inserted
@@ -113,6 +114,36 @@ def test_the_real_config_is_not_changed_and_reads_through():
     assert view.hidden_size == 32
     with pytest.raises(AttributeError):
         _ = view.no_such_field
+
+
+def test_an_attention_that_is_detached_has_the_very_config_that_it_had():
+    model = tiny_vit()
+    attentions = [layer.attention for layer in model.vit.layers]
+    configs = [attention.config for attention in attentions]
+    way_in = ThroughInterface(eager_attention_of(attentions[0]))
+
+    class Source:
+        config, has_prefix = configs[0], False
+
+    for _ in range(2):
+        way_in.attach(attentions[0], Source())
+        assert isinstance(attentions[0].config, PrefixedConfig)
+        assert attentions[1].config is configs[1] is model.config
+        way_in.detach(attentions[0])
+        assert attentions[0].config is configs[0] is model.config
+
+
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
+def test_an_implementation_that_takes_no_bias_refuses_one(implementation):
+    model = get_peft_model(tiny_vit(), E2VPTConfig()).eval()
+    attention = model.base_model.model.vit.layers[0].attention
+    model.base_model.model.config._attn_implementation_internal = implementation
+
+    def biased(layer, prefix, batch_size):
+        return prefix._replace(bias=torch.zeros(1, 15))
+
+    with running(edit_prefix=biased), pytest.raises(ValueError, match=f"'{implementation}' takes no bias"):
+        attention(torch.randn(2, 17, 32))
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
