@@ -174,9 +174,12 @@ def select(
     order = scores.double().cpu().argsort(dim=-1, stable=True)
     order = order.gather(-1, present.gather(-1, order).int().argsort(dim=-1, stable=True))
     available = present.sum(-1, keepdim=True)
+    # 100 * 0.29 is a little less than 29; 100 * 0.53 is in float32 less than 53 by more than what is added.
     wanted = (
-        torch.floor(available * rate + 1e-9).long() if rate is not None else torch.full_like(available, count or 0)
+        torch.floor(available.double() * rate + 1e-9).long()
+        if rate is not None
+        else torch.full_like(available, count or 0)
     )
     pruned = torch.minimum(wanted, (available - minimum).clamp(min=0))
     rank = order.argsort(dim=-1)
-    return present & (rank >= present.shape[-1] - available + pruned)
+    return rank >= present.shape[-1] - available + pruned

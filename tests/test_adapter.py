@@ -169,10 +169,8 @@ class TestMasks:
         model.add_adapter("frozen", config())
         for name in ("default", "frozen"):
             PromptedAdapter.find(model, name).set_masks(PRUNED)
-        assert {name.rpartition(".")[2]: p.requires_grad for name, p in prompt_parameters(model).items()} == {
-            "default": True,
-            "frozen": False,
-        }
+        for name, parameter in prompt_parameters(model).items():
+            assert parameter.requires_grad is name.endswith(".default"), name
 
 
 class TestSizes:

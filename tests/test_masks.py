@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import get_peft_model
 
@@ -174,11 +174,12 @@ class TestSelecting:
         keep = select(torch.tensor([[9.0, 4, 3, 2, 1], [2, 9, 9, 9, 1]]), present, 1, rate=0.5)
         assert keep.tolist() == [[False, True, True, False, False], [True, False, False, False, False]]
 
-    @pytest.mark.parametrize(
-        ("rate", "left"), [(0.0, 10), (0.09, 10), (0.1, 9), (0.3, 7), (0.7, 3), (0.99, 1), (1.0, 0)]
-    )
-    def test_a_rate_is_rounded_down_whatever_its_last_digit(self, rate, left):
-        assert select(torch.rand(10), torch.ones(10, dtype=torch.bool), 0, rate=rate).sum() == left
+    @given(st.integers(1, 200), st.integers(0, 100))
+    @example(count=100, percent=29)  # 100 * 0.29 is a little less than 29
+    @example(count=100, percent=53)  # and 100 * 0.53, in float32, than 53
+    def test_a_rate_is_rounded_down_and_not_by_the_last_digit_of_a_product(self, count, percent):
+        kept = select(torch.rand(count), torch.ones(count, dtype=torch.bool), 0, rate=percent / 100)
+        assert kept.sum() == count - count * percent // 100
 
     def test_a_minimum_stays_in_each_row_if_there_are_so_many(self):
         present = torch.tensor([[True] * 4, [True, False, False, False]])

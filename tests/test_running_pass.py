@@ -104,7 +104,11 @@ def test_other_visual_prompts_are_taken_of_any_number(shallow, count):
     expected = logits(with_prompts(tiny_vit(), prompts))
     before = logits(model)
     assert not torch.allclose(before, expected)
-    torch.testing.assert_close(logits(model, visual_prompts=dict(zip(layers, prompts.visual))), expected)
+    others = dict(zip(layers, prompts.visual))
+    torch.testing.assert_close(logits(model, visual_prompts=others), expected)
+    with running(visual_prompts=others):
+        states = model(pixel_values=images(), output_hidden_states=True).hidden_states
+    assert {state.shape for state in states} == {(3, 17, 32)}
     assert torch.equal(logits(model), before)
 
 
