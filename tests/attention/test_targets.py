@@ -6,8 +6,10 @@ from peft import get_peft_model
 from torch import nn
 
 from e2vpt_peft import E2VPTConfig
+from e2vpt_peft.attention.targets import explain_no_default_targets, find_default_targets
 
 from ..support.adapted import adapt, adapted_layers, assert_refused, make
+from ..support.bare import Bare, BareAttention
 from ..support.models import tiny_vit
 from ..support.zoo import HEADS, IMAGE, WORDS, ZOO
 
@@ -114,3 +116,59 @@ SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "i
 )
 def test_a_model_without_ready_made_targets_is_refused_with_the_reason(make, config, words):
     assert_refused(make(), config, words)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (
+            lambda: t.LlamaModel(t.LlamaConfig(vocab_size=20, **SMALL)),
+            "It has 'layers.0.self_attn' (LlamaAttention), which is causal: E2VPT needs bidirectional attention.",
+        ),
+        (
+            lambda: t.BertModel(t.BertConfig(vocab_size=20, **SMALL, is_decoder=True)),
+            "It has 'encoder.layer.0.attention.self' (BertSelfAttention), which is causal: E2VPT needs bidirectional "
+            "attention.",
+        ),
+    ],
+)
+def test_the_reason_is_a_sentence_of_its_own(make, sentence):
+    message = explain_no_default_targets(make())
+    assert message == f"target_modules=None: there are no ready-made targets for this model. {sentence}"
+
+
+def test_the_reason_for_attention_without_a_norm_reads_well_too():
+    model = tiny_vit()
+    model.config.model_type = "unheard_of"
+    for layer in model.vit.layers:
+        layer.oddly_named = layer.layernorm_before
+        del layer.layernorm_before
+    message = explain_no_default_targets(model)
+    start, _, names = message.partition(" (the parents have: ")
+    assert (
+        "model. It has 'vit.layers.0.attention' (ViTAttention), whose parents have no norm named one of layernorm_before, "
+        in start
+    )
+    assert names.startswith("0, 1, 2, attention") and "oddly_named), or to 'none' if" in names
+
+
+def test_only_the_innermost_attention_is_looked_at():
+    class CausalAttention(BareAttention):
+        is_causal = True
+
+    model = Bare()
+    model.blocks[0].attn = nn.ModuleDict({"inner": CausalAttention()})
+    model.blocks[0].attn.__class__ = type("OuterAttention", (nn.ModuleDict,), {})
+    assert "It has 'blocks.0.attn.inner' (CausalAttention), which is causal" in explain_no_default_targets(model)
+
+
+def test_there_are_no_targets_in_a_model_that_nobody_knows():
+    assert find_default_targets(Bare()) == []
+    assert find_default_targets(nn.Linear(2, 2)) == []
+
+
+def test_a_single_ending_stands_for_all_names_where_it_can():
+    assert find_default_targets(tiny_vit()) == ["attention"]
+    assert find_default_targets(make("vit_mae")) == ["attention"]
+    names = find_default_targets(t.AutoModel.from_config(TOWERS["clip"]))
+    assert names == [f"vision_model.encoder.layers.{index}.self_attn" for index in range(2)]
