@@ -145,10 +145,7 @@ def test_the_reason_for_attention_without_a_norm_reads_well_too():
         del layer.layernorm_before
     message = explain_no_default_targets(model)
     start, _, names = message.partition(" (the parents have: ")
-    assert (
-        "model. It has 'vit.layers.0.attention' (ViTAttention), whose parents have no norm named one of layernorm_before, "
-        in start
-    )
+    assert "It has 'vit.layers.0.attention' (ViTAttention), whose parents have no norm named one of layernorm" in start
     assert names.startswith("0, 1, 2, attention") and "oddly_named), or to 'none' if" in names
 
 
