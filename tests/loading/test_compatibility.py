@@ -13,10 +13,18 @@ from peft import (
 )
 from torch import nn
 
-from e2vpt_peft import E2VPTConfig
+from e2vpt_peft import E2VPTConfig, E2VPTLayer
+from e2vpt_peft.loading.compatibility import (
+    check_adapter_name,
+    check_backbone_sizes,
+    check_modules_to_save,
+    check_nothing_overwritten,
+    check_saved_prompts,
+    describe_backbone,
+)
 
-from ..peft_contract.common import KINDS, adapted, assert_unchanged, edit_config, small_config, snapshot
-from ..support.adapted import assert_refused
+from ..peft_contract.common import KINDS, adapted, assert_unchanged, edit_config, layers_of, small_config, snapshot
+from ..support.adapted import adapt, assert_refused, make
 from ..support.models import images, tiny_vit
 
 every_kind = pytest.mark.parametrize("kind", list(KINDS.values()), ids=list(KINDS))
@@ -132,3 +140,127 @@ def test_a_refused_second_adapter_leaves_the_first_as_it_was():
 )
 def test_a_configuration_that_does_not_fit_is_refused_in_words_and_nothing_is_changed(config, words):
     assert_refused(tiny_vit(), config, words)
+
+
+class TestNames:
+    def test_a_new_name_passes(self) -> None:
+        for name in ("flowers", "a_b", "a-b", "0x", "Model", "vit_2"):
+            check_adapter_name(tiny_vit(), name)
+        check_adapter_name(adapted(), "other")
+
+    @pytest.mark.parametrize(
+        ("name", "words"),
+        [
+            ("default", "is the name of an adapter that the model has already"),
+            ("__base__", "stands for the model without an adapter"),
+            ("", "must have at least one character and no dot"),
+            ("a.b", "must have at least one character and no dot"),
+            ("keys", "is the name of a method of PyTorch's containers"),
+            ("attention", "is also the name of a part of the model"),
+            ("weight", "is also the name of a part of the model"),
+            ("modules_to_save", "is also the name of a part of the model"),
+            ("e2vpt_kv_prompts", "is also the name of a part of the model"),
+        ],
+    )
+    def test_a_name_that_cannot_be_is_refused_with_the_reason(self, name: str, words: str) -> None:
+        with pytest.raises(ValueError, match=f"^adapter_name='{name}' {words}"):
+            check_adapter_name(adapted(), name)
+
+    def test_names_of_other_adapters_are_no_parts_of_the_model(self) -> None:
+        model = adapted(adapter_name="flowers")
+        model.add_adapter("trees", small_config())
+        model.delete_adapter("flowers")
+        check_adapter_name(model, "flowers")
+
+
+class TestBackbones:
+    def test_sizes_are_numbers_where_all_layers_have_the_same(self) -> None:
+        sites = [layer.site for layer in layers_of(adapted())]
+        sizes = {"hidden_size": 32, "num_heads": 4, "head_size": 8}
+        assert describe_backbone(sites, 7) == {"num_layers": 7, **sizes}
+        assert describe_backbone([], 7) == {"num_layers": 7}
+
+    def test_and_lists_where_they_differ(self) -> None:
+        sites = [layer.site for layer in layers_of(adapt(make("swin")))]
+        assert describe_backbone(sites, 3) == {
+            "num_layers": 3,
+            "hidden_size": [16, 16, 32],
+            "num_heads": [2, 2, 4],
+            "head_size": 8,
+        }
+
+    def test_all_sizes_that_differ_are_named_and_what_is_not_known_is_not_compared(self) -> None:
+        config = small_config(backbone={"hidden_size": 64, "num_heads": 8, "num_layers": 3})
+        found = {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "head_size": 8}
+        words = r"with hidden size 64 \(this model: 32\), heads 8 \(this model: 4\)\. Load it"
+        with pytest.raises(ValueError, match=words):
+            check_backbone_sizes(config, found)
+        check_backbone_sizes(config, {"num_layers": 3})
+        check_backbone_sizes(small_config(), found)
+
+    def test_an_adapter_that_is_made_notes_its_backbone_and_one_that_is_refused_does_not(self) -> None:
+        assert adapted(layers_to_transform=[1]).peft_config["default"].backbone == {
+            "num_layers": 3,
+            "hidden_size": 32,
+            "num_heads": 4,
+            "head_size": 8,
+        }
+        refused = small_config(num_segments=7)
+        with pytest.raises(ValueError, match="num_segments=7"):
+            get_peft_model(tiny_vit(), refused)
+        assert refused.backbone is None
+
+    def test_quantised_modules_cannot_be_saved(self) -> None:
+        model = tiny_vit()
+        model.classifier.weight = nn.Parameter(torch.ones(5, 32, dtype=torch.int8), requires_grad=False)
+        with pytest.raises(ValueError, match=r"modules_to_save=\['classifier'\] includes 'classifier'.*quantised"):
+            check_modules_to_save(model, ["classifier"])
+        check_modules_to_save(model, ["layernorm"])
+        check_modules_to_save(model, None)
+
+
+class TestSavedPrompts:
+    """Prompts by their names in the model, as PEFT is about to load them."""
+
+    def saved(self, model: PeftModel) -> dict[str, torch.Tensor]:
+        names = [name for name, _ in model.named_modules() if name.endswith("attention")]
+        return {f"{name}.e2vpt_visual_prompts": torch.ones(2, 32) for name in names}
+
+    def check(self, model: PeftModel, prompts: dict[str, torch.Tensor]) -> None:
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, E2VPTLayer)}
+        check_saved_prompts(layers, model, prompts)
+
+    def test_those_of_the_model_pass_whatever_their_number(self) -> None:
+        model = adapted()
+        self.check(model, self.saved(model))
+        self.check(model, {name: torch.ones(9, 32) for name in self.saved(model)})
+        self.check(model, {name: torch.ones(20) for name in self.saved(model)})  # with pruned segments
+
+    def test_all_sizes_that_differ_are_named_once(self) -> None:
+        model = adapted()
+        prompts = {name: torch.ones(2, 64) for name in self.saved(model)}
+        prompts |= {name.replace("visual", "kv"): torch.ones(8, 3, 8) for name in prompts}
+        with pytest.raises(ValueError, match=r"with hidden size 64 \(this model: 32\), heads 8 \(this model: 4\)\."):
+            self.check(model, prompts)
+
+    def test_prompts_for_layers_that_are_not_there_tell_how_many_layers_there_were(self) -> None:
+        model = adapted()
+        prompts = self.saved(model)
+        more = {name.replace("layers.2", "layers.3"): value for name, value in prompts.items()}
+        with pytest.raises(ValueError, match=r"number of layers 4 \(this model: 3\)"):
+            self.check(model, {**prompts, **more})
+        self.check(adapted(layers_to_transform=[0]), prompts)  # they are there, and not adapted
+
+    def test_values_that_are_not_finite_are_refused(self) -> None:
+        model = adapted()
+        prompts = {name: value * float("nan") for name, value in self.saved(model).items()}
+        with pytest.raises(ValueError, match="The state dict of the adapter: 64 of 64 values of 'base_model.*are NaN"):
+            self.check(model, prompts)
+
+    def test_what_would_overwrite_the_model_or_another_adapter_is_refused(self) -> None:
+        model = adapted()
+        own = [f"base_model.model.classifier.modules_to_save.default.{part}" for part in ("weight", "bias")]
+        check_nothing_overwritten(model, "default", [*self.saved(model), *own, "base_model.model.nowhere"])
+        for name in ("base_model.model.vit.layernorm.weight", "vit.layernorm.weight", own[0]):
+            with pytest.raises(ValueError, match=f"has '.*{name}' .1 such tensors., .* overwrite the model"):
+                check_nothing_overwritten(model, "other", [name])

@@ -8,6 +8,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from e2vpt_peft import E2VPTConfig, PromptScores, prune_prompts
+from e2vpt_peft.adapter import PromptedAdapter
+from e2vpt_peft.pruning.prune import PruningSummary, least_segments
 
 from ..support.models import images, prompt_parameters, tiny_vit
 from ..support.prompted import with_prompts
@@ -198,3 +200,22 @@ def test_the_summary_prints_well():
     assert "adapter 'default'" in text
     assert "visual prompts          6 ->          3  (50.0% left)" in text
     assert "segments               48 ->         12  (25.0% left)" in text
+
+
+@both_depths
+def test_a_summary_tells_what_is_left_before_anything_is_pruned(depth):
+    model = adapted(depth)
+    adapter = PromptedAdapter.find(model)
+    before = model(pixel_values=images()).logits
+    masks = adapter.masks.prune(scores(), rates=(0.5, 0.5), minimum=(1, 2))
+    promised = PruningSummary.of(adapter, masks)
+    assert torch.equal(model(pixel_values=images()).logits, before)
+    assert prune_prompts(model, scores(), token_rate=0.5, segment_rate=0.5) == promised
+    assert adapter.masks == masks
+    assert promised.parameters_after == sum(p.numel() for p in prompt_parameters(model).values())
+
+
+def test_a_quarter_of_the_segments_stays_unless_told_otherwise():
+    assert [least_segments(segments) for segments in (1, 4, 5, 8, 16)] == [1, 1, 2, 2, 4]
+    every = PromptScores(torch.rand(6), torch.rand(6, 16))
+    assert prune_prompts(adapted(num_segments=16), every, segment_rate=1.0).segments_after == 6 * 4

@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 
 from e2vpt_peft import E2VPTConfig, prune_prompts, rewind_prompts
 
-from ..support.models import images, tiny_vit
+from ..support.models import images, prompt_parameters, tiny_vit
 from .common import SEGMENTS, adapted, both_depths, layers_of, scores
 
 
@@ -93,3 +93,23 @@ def test_initial_values_are_in_no_state_dict_and_go_with_the_adapter():
     model.delete_adapter("default")
     assert all(set(layer.initial_prompts) == {"other"} for layer in layers_of(model))
     assert all(len(list(layer.kept_components.keys())) == 0 for layer in layers_of(model))
+
+
+def test_an_adapter_of_that_name_is_rewound_and_no_other():
+    model = adapted()
+    model.add_adapter("other", E2VPTConfig(num_visual_prompts=6, num_segments=SEGMENTS))
+    initial = {name: p.clone() for name, p in prompt_parameters(model).items() if name.endswith(".other")}
+    with torch.no_grad():
+        for parameter in prompt_parameters(model).values():
+            parameter.add_(1)
+    before = {name: p.clone() for name, p in prompt_parameters(model).items() if name.endswith(".default")}
+    rewind_prompts(model, adapter_name="other")
+    for name, parameter in prompt_parameters(model).items():
+        assert torch.equal(parameter, {**initial, **before}[name]), name
+    assert model.active_adapters == ["default"]
+
+
+def test_key_value_prompts_alone_are_refused():
+    model = get_peft_model(tiny_vit(), E2VPTConfig(num_visual_prompts=0))
+    with pytest.raises(ValueError, match="Adapter 'default' has no visual prompts"):
+        rewind_prompts(model)
