@@ -34,7 +34,7 @@ def test_a_route_hides_nothing_when_all_adapters_have_equally_many_rows() -> Non
 
 @pytest.mark.parametrize("windows", [1, 3])
 def test_a_route_sends_every_window_of_a_sample_through_its_module(windows: int) -> None:
-    route = Route(["b", "a", "b", "c"])
+    route = Route(["c", "a", "b", "c"])  # an order that is not its own inverse
     states = torch.arange(4.0 * windows)[:, None]
     sizes = []
 
@@ -46,6 +46,6 @@ def test_a_route_sends_every_window_of_a_sample_through_its_module(windows: int)
         return forward
 
     out = route.dispatch(states, [module(100.0), module(200.0), module(300.0)])
-    offsets = torch.tensor([200.0, 100.0, 200.0, 300.0]).repeat_interleave(windows)[:, None]
+    offsets = torch.tensor([300.0, 100.0, 200.0, 300.0]).repeat_interleave(windows)[:, None]
     assert torch.equal(out, states + offsets)
-    assert sizes == [windows, 2 * windows, windows]
+    assert sizes == [windows, windows, 2 * windows]

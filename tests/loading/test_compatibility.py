@@ -166,11 +166,14 @@ class TestNames:
         with pytest.raises(ValueError, match=f"^adapter_name='{name}' {words}"):
             check_adapter_name(adapted(), name)
 
-    def test_names_of_other_adapters_are_no_parts_of_the_model(self) -> None:
-        model = adapted(adapter_name="flowers")
-        model.add_adapter("trees", small_config())
-        model.delete_adapter("flowers")
-        check_adapter_name(model, "flowers")
+    def test_names_in_containers_which_may_be_adapters_are_no_parts_of_the_model(self) -> None:
+        model = tiny_vit()
+        model.heads = nn.ModuleDict({"flowers": nn.Linear(2, 2)})
+        model.rows = nn.ParameterDict({"trees": torch.ones(2)})
+        for name in ("flowers", "trees"):
+            check_adapter_name(model, name)
+        with pytest.raises(ValueError, match="adapter_name='heads' is also the name of a part"):
+            check_adapter_name(model, "heads")
 
 
 class TestBackbones:

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageClassification
 
-from e2vpt_peft import E2VPTConfig, prune_prompts, write_model_card
+from e2vpt_peft import E2VPTConfig, prune_prompts
 
 from ..support.models import tiny_vit
 from .common import adapted, card, metadata
@@ -117,13 +116,3 @@ class TestWhatACardSays:
         backbone = tiny_vit()
         backbone.add_adapter(E2VPTConfig(num_visual_prompts=4, num_kv_prompts=0))
         assert "| of these, prompts | 384 |" in card(backbone, tmp_path)
-
-    def test_mistakes(self, tmp_path: Path) -> None:
-        folder = tmp_path / "adapter"
-        with pytest.raises(ValueError, match="adapter_name='other' is no E2VPT adapter of this model"):
-            write_model_card(adapted(), folder, adapter_name="other")
-        with pytest.raises(ValueError, match="adapter_name is needed: the active E2VPT adapters are"):
-            write_model_card(get_peft_model(tiny_vit(), LoraConfig(target_modules=["q_proj"])), folder)
-        with pytest.raises(TypeError, match="datasett"):
-            write_model_card(adapted(), folder, datasett="cifar100")
-        assert not folder.exists()

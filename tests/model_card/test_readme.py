@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from e2vpt_peft import write_model_card
+from e2vpt_peft.model_card.readme import has_persons_words, is_hub_id
 
 from .common import PERSONS, adapted, card, generated, metadata
 
@@ -83,3 +84,41 @@ class TestCardsThatNobodyWrote:
         text = card(adapted(), tmp_path)
         (tmp_path / "README.md").write_text(re.sub(r"- PEFT .*", "- PEFT 0.1.0\n- PEFT 0.2.0", text))
         assert card(adapted(), tmp_path) == text
+
+
+def test_whether_a_person_has_written_or_changed_anything(tmp_path: Path) -> None:
+    own = card(adapted(), tmp_path, name="flowers")
+    adapted().save_pretrained(tmp_path / "form")
+    form = (tmp_path / "form" / "README.md").read_text()
+    for untouched in (None, "", "---\ntags: [x]\n---\n", own, own.replace("\n", "\r\n"), form):
+        assert not has_persons_words(untouched)
+    for touched in (
+        PERSONS.decode(),
+        own.replace("## Prompts", "## Few prompts"),
+        own + "\nMine.\n",
+        own.replace("- e2vpt\n", "- mine\n"),
+        form.replace("[More Information Needed]", "Ann", 1),
+    ):
+        assert touched not in (own, form) and has_persons_words(touched)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_id"),
+    [
+        ("me/flowers", True),
+        ("flowers", True),
+        ("/home/me/flowers", False),
+        ("a/b/c", False),
+        ("me/flow ers", False),
+        ("", False),
+        (None, False),
+    ],
+)
+def test_names_that_can_be_those_of_a_repository(name: Any, is_id: bool) -> None:
+    assert is_hub_id(name) is is_id
+
+
+def test_a_folder_is_no_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me" / "flowers").mkdir(parents=True)
+    assert not is_hub_id("me/flowers") and is_hub_id("me/trees")

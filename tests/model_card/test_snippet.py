@@ -41,7 +41,3 @@ class TestCode:
         names = {index: f"class {index}" for index in range(50)}
         text = card(adapted(tiny_vit(num_labels=50, id2label=names)), tmp_path)
         assert "num_labels=50" in text and "class 7" not in text
-
-    def test_the_image_processor_beside_the_adapter_is_used(self, tmp_path: Path) -> None:
-        ViTImageProcessor().save_pretrained(tmp_path)
-        assert f'AutoImageProcessor.from_pretrained("{tmp_path}")' in card(adapted(), tmp_path)
