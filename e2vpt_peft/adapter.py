@@ -24,7 +24,8 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 def active_adapters(model: nn.Module) -> list[str]:
     """The names of the active E²VPT adapters in a model, in their order."""
-    active = (name for layer in _layers(model) for name in layer.active_adapters if name in layer.adapter_configs)
+    known = adapter_names(model)  # of which a layer need not have each
+    active = (name for layer in _layers(model) for name in layer.active_adapters if name in known)
     return list(dict.fromkeys(active))
 
 

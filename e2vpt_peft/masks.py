@@ -7,7 +7,6 @@ components that are left are parameters, in one flat tensor.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Optional, Protocol
 
@@ -170,12 +169,17 @@ def select(
     Returns:
         `torch.Tensor`: Which to keep, bool, of the same shape.
     """
-    # Absent ones come first in the order and are never kept; a stable sort leaves ties in the order of their indices.
-    order = scores.double().cpu().masked_fill(~present, -math.inf).argsort(dim=-1, stable=True)
+    # A stable sort leaves ties in the order of their indices. Absent ones come first, whatever the scores, and are
+    # never kept.
+    order = scores.double().cpu().argsort(dim=-1, stable=True)
+    order = order.gather(-1, present.gather(-1, order).int().argsort(dim=-1, stable=True))
     available = present.sum(-1, keepdim=True)
+    # 100 * 0.29 is a little less than 29; 100 * 0.53 is in float32 less than 53 by more than what is added.
     wanted = (
-        torch.floor(available * rate + 1e-9).long() if rate is not None else torch.full_like(available, count or 0)
+        torch.floor(available.double() * rate + 1e-9).long()
+        if rate is not None
+        else torch.full_like(available, count or 0)
     )
     pruned = torch.minimum(wanted, (available - minimum).clamp(min=0))
     rank = order.argsort(dim=-1)
-    return present & (rank >= present.shape[-1] - available + pruned)
+    return rank >= present.shape[-1] - available + pruned

@@ -4,9 +4,12 @@ import dataclasses
 import json
 
 import pytest
-from peft import PeftConfig
+import torch
+from peft import PeftConfig, get_peft_model
 
 from e2vpt_peft import E2VPTConfig, E2VPTType
+
+from .support.models import prompt_parameters, tiny_vit
 
 
 def test_defaults_are_the_papers_most_used_setting():
@@ -93,3 +96,34 @@ def test_an_invalid_value_in_a_file_is_an_error(tmp_path):
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_kv_prompts": -1}))
     with pytest.raises(ValueError, match="num_kv_prompts=-1"):
         PeftConfig.from_pretrained(tmp_path)
+
+
+def test_masks_in_a_config_are_checked():
+    with pytest.raises(ValueError, match="token_mask must be a list of 10"):
+        E2VPTConfig(token_mask=[True])
+    with pytest.raises(ValueError, match="token_mask must be a list of 10"):
+        E2VPTConfig(token_mask=[1] * 10)
+    with pytest.raises(ValueError, match="segment_mask must be a list of 10 lists of 16"):
+        E2VPTConfig(segment_mask=[[True] * 16] * 9)
+    with pytest.raises(ValueError, match="keeps nothing"):
+        E2VPTConfig(token_mask=[False] * 10)
+
+
+@pytest.mark.parametrize("init_weights", [True, False])
+def test_init_weights_by_truth_value_means_the_default(init_weights, tmp_path):
+    def drawn(**fields):
+        torch.manual_seed(3)
+        return prompt_parameters(get_peft_model(tiny_vit(), E2VPTConfig(**fields)))
+
+    expected, found = drawn(), drawn(init_weights=init_weights)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    config = E2VPTConfig(init_weights=init_weights)
+    config.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).init_weights is init_weights
+
+
+@pytest.mark.parametrize("value", [None, 0, 1, 1.0, ["kaiming_uniform"], "True"])
+def test_init_weights_of_another_type_are_refused(value):
+    with pytest.raises(ValueError, match="init_weights=.* must be .*'kaiming_uniform' or 'trunc_normal'"):
+        E2VPTConfig(init_weights=value)

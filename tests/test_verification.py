@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
-from torch import nn
 
 from e2vpt_peft import E2VPTConfig, check_prefix
 from e2vpt_peft.attention import site
 
-from .attention.test_architectures import adapt, inputs, make
 from .peft_contract.common import assert_unchanged, snapshot
+from .support.adapted import adapt, inputs, make
+from .support.bare import Bare
 from .support.models import images, tiny_vit
 from .support.zoo import HEADS, ZOO
 
@@ -73,40 +73,6 @@ def test_it_takes_key_value_prompts_as_given():
 def test_it_needs_deep_visual_prompts(config, words):
     with pytest.raises(ValueError, match=words):
         check_prefix(get_peft_model(tiny_vit(), E2VPTConfig(**config)), {"pixel_values": images()})
-
-
-class Bare(nn.Module):
-    """A model from outside transformers, whose attention calls PyTorch's function."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(BareBlock() for _ in range(2))
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-class BareBlock(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(8), BareAttention()
-
-    def forward(self, x):
-        return x + self.attn(self.ln_1(x))
-
-
-class BareAttention(nn.Module):
-    num_heads = 2
-
-    def __init__(self):
-        super().__init__()
-        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
-
-    def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
-        return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def test_a_model_that_nobody_knows_can_be_described_and_checked():

@@ -242,7 +242,7 @@ def _find_norm(
                     f"for which attention_norm={found!r} is no norm, but {type(norm).__name__}.",
                 )
             return owner, found
-    looked_for = f"attention_norm={norm_name!r}" if norm_name else f"a norm named one of {', '.join(ATTENTION_NORMS)}"
+    looked_for = f"attention_norm={norm_name!r}" if norm_name else f"norm named one of {', '.join(ATTENTION_NORMS)}"
     names = sorted({child for owner in ancestors for child, _ in owner.named_children()})
     raise NotAdaptable(
         name,

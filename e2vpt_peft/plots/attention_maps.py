@@ -32,7 +32,7 @@ def plot_attention_to_prompts(model: nn.Module, inputs: Mapping[str, Any]) -> Fi
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: The model has no active E2VPT adapter, several, or returns no attention weights.
+        ValueError: The model has no active E2VPT adapter, several, or returns no attention weights of prompts.
 
     Example:
 
@@ -77,7 +77,8 @@ def plot_attention_on_image(model: nn.Module, inputs: Mapping[str, Any], layer: 
     Raises:
         ImportError: matplotlib is not installed.
         ValueError:
-            The model has no active E2VPT adapter, several, returns no attention weights, or patches in no known grid.
+            The model has no active E2VPT adapter, several, returns no attention weights of prompts, or patches in no
+            known grid.
 
     Example:
 
@@ -158,8 +159,10 @@ def _attention_maps(model: nn.Module, inputs: Mapping[str, Any]) -> list[_Maps]:
             weights = model(**inputs, output_attentions=True).attentions
     finally:
         base.set_attn_implementation(implementation)
-    if not weights:
-        raise ValueError(f"{type(base).__name__} returns no attention weights: there is nothing to plot.")
+    # Where attention is written out, they are returned without the columns of the prefix.
+    has_prefix = not adapter.is_shallow or adapter.config.num_kv_prompts > 0
+    if not weights or (has_prefix and all(layer.shape[-1] == layer.shape[-2] for layer in weights)):
+        raise ValueError(f"{type(base).__name__} returns no attention weights of prompts: there is nothing to plot.")
     # Layers further on may have more tokens, queries of a mask head for example: they are in front, too.
     length = weights[0].shape[-2]
     return [

@@ -5,64 +5,22 @@ import math
 
 import pytest
 import torch
-import transformers as t
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from e2vpt_peft import E2VPTConfig, E2VPTLayer
+from e2vpt_peft import E2VPTConfig
 from e2vpt_peft.attention.architectures import ARCHITECTURES
-from e2vpt_peft.attention.tokens import TokenInsertion
 
+from ..support.adapted import PROMPTS, adapt, adapted_layers, assert_close, inputs, make, run, tensors
 from ..support.insertion import inserted
-from ..support.models import SIZES, images, prompt_parameters, randomized, tiny_vit
-from ..support.zoo import HEADS, IMAGE, WORDS, ZOO
+from ..support.models import prompt_parameters
+from ..support.zoo import HEADS, ZOO
 
-PROMPTS = {"num_visual_prompts": 3, "num_kv_prompts": 2, "num_segments": 4}
-DEPTHS = {"beit segmentation": 4, "modernbert": 4, "dpt": 4, "swin": 3, "swinv2": 3}
 NO_TOKENS = {name for name, architecture in ARCHITECTURES.items() if not architecture.takes_tokens}
-
 all_architectures = pytest.mark.parametrize("name", ZOO)
 all_models = pytest.mark.parametrize("name", [*ZOO, *HEADS])
 shallow_architectures = pytest.mark.parametrize("name", [name for name in ZOO if name not in NO_TOKENS])
 both_attentions = pytest.mark.parametrize("attention", ["eager", "sdpa"])
-
-
-def make(name, attention="sdpa"):
-    if "upernet" in name or name == "swinv2":
-        attention = "eager"  # the only one that transformers lets them have
-    return {**ZOO, **HEADS}[name].make(attention=attention)
-
-
-def inputs(name, batch_size=3):
-    return {**ZOO, **HEADS}[name].inputs(batch_size)
-
-
-def adapt(model, **config):
-    """With prompts of ordinary size, which reach a loss."""
-    model = get_peft_model(model, E2VPTConfig(**{**PROMPTS, **config})).eval()
-    with torch.no_grad():
-        for parameter in prompt_parameters(model).values():
-            parameter.copy_(torch.randn(parameter.shape))
-    return model
-
-
-def run(model, inputs, **kwargs):
-    torch.manual_seed(0)  # some models mask tokens at random
-    return model(**inputs, **kwargs)
-
-
-def tensors(output):
-    return [value for value in output.values() if isinstance(value, torch.Tensor) and value.is_floating_point()]
-
-
-def assert_close(actual, expected):
-    assert len(actual) == len(expected) > 0
-    for mine, theirs in zip(actual, expected):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
-
-
-def adapted_layers(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, E2VPTLayer)}
 
 
 def transformer_layer(model, name):
@@ -74,14 +32,6 @@ def transformer_layer(model, name):
 
 def test_every_architecture_of_the_table_is_tested_here():
     assert ZOO.keys() | {"timm"} == ARCHITECTURES.keys()  # for timm see test_timm.py
-
-
-@all_models
-def test_ready_made_targets_are_the_layers_of_the_encoder_and_nothing_else(name):
-    names = adapted_layers(adapt(make(name))).keys()
-    assert len(names) == DEPTHS.get(name, 2)
-    for other in ("decoder", "predictor", "pooler", "text_model"):
-        assert not any(other in each for each in names)
 
 
 # Windows have a test of their own, and a head that reads what is between the layers would meet the reference's tokens.
@@ -293,193 +243,3 @@ def test_different_adapters_in_one_batch(name):
             model.set_adapter(adapter)
             alone = tensors(model(**one))
         assert_close([value[0] for value in alone], [value[index] for value in together])
-
-
-LLAMA = {**WORDS, "pad_token_id": 0}
-TOWERS = {
-    "clip": ZOO["clip_vision_model"].config,
-    "siglip": ZOO["siglip_vision_model"].config,
-    "siglip2": ZOO["siglip2_vision_model"].config,
-    "aimv2": t.Aimv2Config(vision_config=IMAGE, text_config={**WORDS, "eos_token_id": 2}, projection_dim=16),
-    "owlvit": t.OwlViTConfig(vision_config=IMAGE, text_config=WORDS, projection_dim=16),
-    "owlv2": t.Owlv2Config(vision_config=IMAGE, text_config=WORDS, projection_dim=16),
-    "llava": t.LlavaConfig(vision_config=t.CLIPVisionConfig(**IMAGE), text_config=t.LlamaConfig(**LLAMA)),
-    "internvl": t.InternVLConfig(
-        vision_config=ZOO["internvl_vision"].config, text_config=t.Qwen2Config(**LLAMA, num_key_value_heads=4)
-    ),
-    "vision-text-dual-encoder": t.VisionTextDualEncoderConfig.from_vision_text_configs(
-        t.ViTConfig(**IMAGE), t.BertConfig(**WORDS), projection_dim=16
-    ),
-}
-
-
-@pytest.mark.parametrize("config", TOWERS.values(), ids=TOWERS.keys())
-def test_of_several_towers_the_vision_tower_is_adapted(config):
-    names = adapted_layers(adapt(t.AutoModel.from_config(config))).keys()
-    assert len(names) == 2
-    assert all("vision" in name for name in names)
-
-
-@pytest.mark.parametrize("model_type", ["clip", "siglip", "siglip2", "owlvit", "owlv2"])
-def test_both_towers_are_adapted_when_asked(model_type):
-    model = adapt(t.AutoModel.from_config(TOWERS[model_type]), target_modules=["self_attn"])
-    assert {at.split(".")[2] for at in adapted_layers(model)} == {"vision_model", "text_model"}
-
-
-@both_attentions
-@torch.no_grad()
-def test_a_causal_text_tower_sees_its_prompts_and_no_later_word(attention):
-    config = ZOO["clip_vision_model"].config
-    config._attn_implementation = attention
-    model = randomized(t.CLIPTextModel._from_config(config.text_config, attn_implementation=attention))
-    reference = randomized(t.CLIPTextModel._from_config(config.text_config, attn_implementation=attention))
-    ids = torch.randint(3, 30, (2, 7))
-    adapted = adapt(model, target_modules=["self_attn"], num_kv_prompts=0)
-    actual = adapted(input_ids=ids).last_hidden_state
-    prompts = [layer.e2vpt_visual_prompts["default"] for layer in adapted_layers(adapted).values()]
-    with inserted(reference.encoder.layers, prompts):
-        expected = reference(input_ids=ids).last_hidden_state
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    other = torch.cat([ids[:, :5], (ids[:, 5:] + 1) % 30], 1)
-    torch.testing.assert_close(adapted(input_ids=other).last_hidden_state[:, :5], actual[:, :5])
-
-
-def test_attention_norm_names_the_norm_of_an_unknown_model():
-    model = tiny_vit()
-    for layer in model.vit.layers:
-        layer.oddly_named = layer.layernorm_before
-    model.config.model_type = "unheard_of"
-    config = {"target_modules": ["attention"], "num_segments": 1}
-    found = get_peft_model(model, E2VPTConfig(**config, attention_norm="oddly_named"))
-    assert {layer.site.norm_name for layer in adapted_layers(found).values()} == {"oddly_named"}
-
-
-@torch.no_grad()
-def test_num_special_tokens_tells_where_the_shallow_prompts_of_an_unknown_model_go():
-    model = tiny_vit()
-    model.config.model_type = "unheard_of"
-    adapted = adapt(model, target_modules=["attention"], visual_prompt_depth="shallow", num_special_tokens=1)
-    ways_in = [way_in for layer in adapted_layers(adapted).values() for way_in in layer.ways_in]
-    (insertion,) = [way_in for way_in in ways_in if isinstance(way_in, TokenInsertion)]
-    assert insertion.position == 1
-
-
-@pytest.mark.parametrize(
-    "target_modules",
-    [["attention"], ["layers.0.attention", "layers.1.attention", "layers.2.attention"], r".*\.layers\.\d+\.attention"],
-)
-def test_targets_by_hand(target_modules):
-    assert len(adapted_layers(get_peft_model(tiny_vit(), E2VPTConfig(target_modules=target_modules)))) == 3
-
-
-SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 32}
-
-
-@pytest.mark.parametrize(
-    ("make", "config", "words"),
-    [
-        (tiny_vit, {"target_modules": ["mlp"]}, ["'vit.layers.0.mlp' (ViTMLP)", "no self-attention"]),
-        (tiny_vit, {"target_modules": ["q_proj"]}, ["(Linear)", "no self-attention"]),
-        (tiny_vit, {"target_modules": ["nowhere"]}, ["nowhere", "not found in the base model"]),
-        (tiny_vit, {"attention_norm": "nonesuch"}, ["attention_norm='nonesuch'", "layernorm_before"]),
-        (tiny_vit, {"num_segments": 7}, ["num_segments=7", "hidden size 32"]),
-        (tiny_vit, {"layers_to_transform": [1, 9]}, ["layers_to_transform=[1, 9]", "no layer 9"]),
-        (tiny_vit, {"layers_to_transform": -1}, ["layers_to_transform=-1", "no layer -1"]),
-        (tiny_vit, {"layers_to_transform": [7]}, ["7"]),
-        (
-            lambda: t.LlamaModel(t.LlamaConfig(vocab_size=20, num_key_value_heads=4, **SMALL)),
-            {"target_modules": ["self_attn"]},
-            ["LlamaAttention", "causal"],
-        ),
-        (
-            lambda: t.GPT2LMHeadModel(t.GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=20)),
-            {"target_modules": ["attn"]},
-            ["GPT2Attention", "causal"],
-        ),
-        (
-            lambda: t.LlamaModel(t.LlamaConfig(vocab_size=20, **SMALL)),
-            {},
-            ["target_modules=None", "'layers.0.self_attn' (LlamaAttention)", "causal"],
-        ),
-        (
-            lambda: t.BertLMHeadModel(t.BertConfig(vocab_size=20, **SMALL, is_decoder=True)),
-            {},
-            ["(BertSelfAttention)", "causal"],
-        ),
-        (
-            lambda: t.BertModel(t.BertConfig(vocab_size=20, **SMALL, is_decoder=True, add_cross_attention=True)),
-            {"target_modules": ["crossattention.self"]},
-            ["(BertCrossAttention)", "cross-attention"],
-        ),
-        (lambda: make("vjepa2"), {"target_modules": ["cross_attn"]}, ["(VJEPA2PoolerCrossAttention)", "cross-att"]),
-        (
-            lambda: t.HieraModel(t.HieraConfig(embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, image_size=[64, 64])),
-            {},
-            ["target_modules=None", "(HieraMaskUnitAttention)", "by hand"],
-        ),
-        (
-            lambda: t.PvtV2Model(
-                t.PvtV2Config(
-                    image_size=32,
-                    hidden_sizes=[8, 8, 8, 8],
-                    depths=[1, 1, 1, 1],
-                    num_attention_heads=[1, 1, 1, 1],
-                )
-            ),
-            {},
-            ["target_modules=None", "(PvtV2SelfAttention)", "by hand"],
-        ),
-        (
-            lambda: t.MobileViTModel(
-                t.MobileViTConfig(image_size=32, hidden_sizes=[8, 8, 8], neck_hidden_sizes=[4] * 7)
-            ),
-            {},
-            ["target_modules=None", "(MobileViTSelfAttention)", "by hand"],
-        ),
-        (lambda: nn.Sequential(nn.Linear(2, 2)), {"target_modules": ["0"]}, ["'0' (Linear)", "no self-attention"]),
-        (lambda: nn.Sequential(nn.Linear(2, 2)), {}, ["target_modules=None", "no module with 'Attention'"]),
-    ],
-)
-def test_what_cannot_be_adapted_is_refused_with_its_name_and_the_reason_and_nothing_is_changed(make, config, words):
-    model = make()
-    before = {name: type(module) for name, module in model.named_modules()}
-    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    with pytest.raises(ValueError) as raised:
-        get_peft_model(model, E2VPTConfig(**config))
-    for word in words:
-        assert word in str(raised.value)
-    assert {name: type(module) for name, module in model.named_modules()} == before
-    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trainable
-    assert not hasattr(model, "peft_config")
-
-
-def test_an_unlisted_model_is_told_what_to_target():
-    model = tiny_vit()
-    model.config.model_type = "unheard_of"
-    with pytest.raises(ValueError, match=r"'vit.layers.0.attention' \(ViTAttention\).*target_modules.*check_prefix"):
-        get_peft_model(model, E2VPTConfig())
-
-
-def test_a_refused_second_adapter_leaves_the_first_as_it_was():
-    model = get_peft_model(tiny_vit(), E2VPTConfig()).eval()
-    before = model(pixel_values=images()).logits
-    with pytest.raises(ValueError, match="num_segments=7"):
-        model.add_adapter("second", E2VPTConfig(num_segments=7))
-    assert list(model.peft_config) == ["default"]
-    assert model.get_model_status().available_adapters == ["default"]
-    assert torch.equal(model(pixel_values=images()).logits, before)
-
-
-def test_sizes_need_not_be_those_of_vit_b():
-    model = get_peft_model(tiny_vit(hidden_size=48, num_attention_heads=3), E2VPTConfig())
-    site = model.base_model.model.vit.layers[0].attention.site
-    assert (site.hidden_size, site.num_heads, site.head_size) == (48, 3, 16)
-    assert site.patch_fan_in == 3 * SIZES["patch_size"] ** 2
-
-
-@pytest.mark.parametrize(
-    ("name", "values"), [("vit", 3 * 4 * 4), ("vivit", 3 * 2 * 4 * 4), ("videomae", 3 * 2 * 4 * 4), ("bert", 32)]
-)
-def test_initial_values_are_scaled_by_the_values_of_a_patch(name, values):
-    layers = adapted_layers(get_peft_model(make(name), E2VPTConfig(**PROMPTS)))
-    assert {layer.site.patch_fan_in for layer in layers.values()} == {values}

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from e2vpt_peft.attention.interception import ProductsMode, ThroughTorchFunctions
+from e2vpt_peft.running_pass import running
 
+from ..support.adapted import adapt, adapted_layers, inputs, make
+from ..support.bare import Bare
 from ..support.models import prompt_parameters
-from ..test_verification import Bare
-from .test_architectures import adapt, adapted_layers, inputs, make
 
 CONFIG = {"target_modules": ["attn"], "num_segments": 1, "attention_norm": "ln_1"}
 
@@ -86,6 +87,31 @@ def test_attention_that_is_written_out_gives_the_same():
         lambda scores: nn.functional.dropout(scores, 0.0).view(2, 1, 2, 5, 5).view(2, 2, 5, 5)
     )
     torch.testing.assert_close(model(torch.ones(2, 5, 8).cumsum(1)), expected)
+
+
+@pytest.mark.parametrize("way", ["sdpa", "written out"])
+@torch.no_grad()
+def test_a_bias_on_rows_of_the_prefix_is_added_to_their_scores(way):
+    """Of log 2, as if the row were there twice; far below zero, as if it were not there."""
+    x = torch.ones(2, 5, 8).cumsum(1)
+    model = written_out(lambda scores: scores)[0] if way == "written out" else adapt(Bare(), **CONFIG)
+    count = 5  # 3 visual and 2 key-value prompts
+    rows = {"twice": [0, 0, 1, 2, 3, 4], "not at all": [1, 2, 3, 4]}
+    biases = {"twice": torch.tensor([[2.0, 1, 1, 1, 1]]).log(), "not at all": torch.tensor([[-1e9, 0, 0, 0, 0]])}
+    for name, bias in biases.items():
+
+        def biased(layer, prefix, batch_size, bias=bias):
+            return prefix._replace(bias=bias)
+
+        def other_rows(layer, prefix, batch_size, rows=rows[name]):
+            assert prefix.keys.shape[1] == count
+            return prefix._replace(keys=prefix.keys[:, rows], values=prefix.values[:, rows])
+
+        with running(edit_prefix=other_rows):
+            expected = model(x)
+        with running(edit_prefix=biased):
+            torch.testing.assert_close(model(x), expected)
+        assert not torch.allclose(model(x), expected)
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,21 @@ import pickle
 
 import pytest
 import torch
+import transformers as t
 from peft import get_peft_model
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from e2vpt_peft import E2VPTConfig
-from e2vpt_peft.attention.interface import PREFIX_ATTENTION
-from e2vpt_peft.attention.mask import extend_mask
+from e2vpt_peft.attention.interface import PREFIX_ATTENTION, PrefixedConfig, ThroughInterface, eager_attention_of
+from e2vpt_peft.running_pass import running
 
-from ..support.models import TINY_MODELS, images, tiny_vit
+from ..support.adapted import adapt, adapted_layers
+from ..support.insertion import inserted
+from ..support.models import TINY_MODELS, images, randomized, tiny_vit
 from ..support.prompted import with_prompts
 from ..support.reference import random_prompts
+from ..support.zoo import ZOO
 
 
 @pytest.fixture
@@ -112,6 +116,36 @@ def test_the_real_config_is_not_changed_and_reads_through():
         _ = view.no_such_field
 
 
+def test_an_attention_that_is_detached_has_the_very_config_that_it_had():
+    model = tiny_vit()
+    attentions = [layer.attention for layer in model.vit.layers]
+    configs = [attention.config for attention in attentions]
+    way_in = ThroughInterface(eager_attention_of(attentions[0]))
+
+    class Source:
+        config, has_prefix = configs[0], False
+
+    for _ in range(2):
+        way_in.attach(attentions[0], Source())
+        assert isinstance(attentions[0].config, PrefixedConfig)
+        assert attentions[1].config is configs[1] is model.config
+        way_in.detach(attentions[0])
+        assert attentions[0].config is configs[0] is model.config
+
+
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
+def test_an_implementation_that_takes_no_bias_refuses_one(implementation):
+    model = get_peft_model(tiny_vit(), E2VPTConfig()).eval()
+    attention = model.base_model.model.vit.layers[0].attention
+    model.base_model.model.config._attn_implementation_internal = implementation
+
+    def biased(layer, prefix, batch_size):
+        return prefix._replace(bias=torch.zeros(1, 15))
+
+    with running(edit_prefix=biased), pytest.raises(ValueError, match=f"'{implementation}' takes no bias"):
+        attention(torch.randn(2, 17, 32))
+
+
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("depth", ["deep", "shallow"])
 def test_a_copy_of_a_model_has_prompts_and_a_config_of_its_own(copy_of, depth):
@@ -129,39 +163,19 @@ def test_a_copy_of_a_model_has_prompts_and_a_config_of_its_own(copy_of, depth):
     assert model.base_model.model.config._attn_implementation != "eager"
 
 
-@pytest.mark.parametrize("position", [0, 2])
-def test_masks_are_extended_in_the_layout_of_each_implementation(position):
-    states = torch.zeros(2, 5, 8)
-    visible = torch.tensor([[True, False], [True, True]])
-    columns = list(range(position)) + list(range(position + 2, 7))
-
-    def extended(mask, implementation, visible=None, insert_queries=False):
-        return extend_mask(
-            mask, 2, states, 5, implementation, visible=visible, position=position, insert_queries=insert_queries
-        )
-
-    assert extended(None, "sdpa") is None
-    boolean = torch.rand(2, 1, 5, 5) > 0.5
-    assert torch.equal(extended(boolean, "sdpa")[..., columns], boolean)
-    assert extended(boolean, "sdpa")[..., position : position + 2].all()
-    additive = torch.randn(1, 4, 5, 5)
-    assert torch.equal(extended(additive, "eager")[..., columns], additive)
-    assert (extended(additive, "eager")[..., position : position + 2] == 0).all()
-    padding = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    assert torch.equal(extended(padding, "flash_attention_2")[:, columns], padding)
-
-    hidden = extended(None, "sdpa", visible)
-    assert hidden.shape == (2, 1, 1, 7)
-    assert hidden.dtype == torch.bool
-    assert torch.equal(hidden[:, 0, 0, position : position + 2], visible)
-    hidden = extended(additive, "eager", visible)
-    assert hidden.shape == (2, 4, 5, 7)
-    assert (hidden[0, ..., position + 1] == torch.finfo(torch.float32).min).all()
-    assert (hidden[1, ..., position + 1] == 0).all()
-    hidden = extended(None, "flash_attention_2", visible)
-    assert hidden.shape == (2, 7)
-
-    square = extended(boolean, "sdpa", insert_queries=True)
-    assert square.shape == (2, 1, 7, 7)
-    assert torch.equal(square[:, :, columns][..., columns], boolean)
-    assert torch.equal(square[:, :, position], square[:, :, 2 if position == 0 else 0])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_a_causal_text_tower_sees_its_prompts_and_no_later_word(attention):
+    config = ZOO["clip_vision_model"].config
+    config._attn_implementation = attention
+    model = randomized(t.CLIPTextModel._from_config(config.text_config, attn_implementation=attention))
+    reference = randomized(t.CLIPTextModel._from_config(config.text_config, attn_implementation=attention))
+    ids = torch.randint(3, 30, (2, 7))
+    adapted = adapt(model, target_modules=["self_attn"], num_kv_prompts=0)
+    actual = adapted(input_ids=ids).last_hidden_state
+    prompts = [layer.e2vpt_visual_prompts["default"] for layer in adapted_layers(adapted).values()]
+    with inserted(reference.encoder.layers, prompts):
+        expected = reference(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    other = torch.cat([ids[:, :5], (ids[:, 5:] + 1) % 30], 1)
+    torch.testing.assert_close(adapted(input_ids=other).last_hidden_state[:, :5], actual[:, :5])

@@ -7,6 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from e2vpt_peft.attention.prefix import prepend
+
 from ..support.flex import skip_where_torch_is_wrong
 from ..support.models import TINY_MODELS, images, tiny_vit
 from ..support.prompted import with_prompts
@@ -205,3 +207,11 @@ def test_the_result_for_a_sample_does_not_depend_on_its_batch(make, kind, attent
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
     others = torch.cat([batch[:1], images(4, seed=9) * 100])
     torch.testing.assert_close(adapted(pixel_values=others).logits[0], together[0], rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_a_prefix_stand_in_front_in_every_head_and_sample():
+    rows, states = torch.randn(1, 2, 3, 4, dtype=torch.float64), torch.randn(5, 3, 6, 4)
+    both = prepend(rows, states)
+    assert both.shape == (5, 3, 8, 4) and both.dtype == states.dtype
+    assert torch.equal(both[:, :, 2:], states)
+    assert torch.equal(both[:, :, :2], rows.float().transpose(1, 2).expand(5, -1, -1, -1))

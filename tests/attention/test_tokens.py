@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -7,6 +9,8 @@ from transformers import Dinov2Backbone, Dinov2Config, ViTConfig, ViTForMaskedIm
 
 from e2vpt_peft import E2VPTConfig, E2VPTLayer
 
+from ..support.adapted import adapt
+from ..support.bare import Bare
 from ..support.models import SIZES, TINY_MODELS, images, prompt_parameters, randomized, tiny_vit
 
 SHALLOW = {"visual_prompt_depth": "shallow", "num_visual_prompts": 4}
@@ -99,3 +103,21 @@ def test_targets_in_several_stacks_are_refused():
     )
     with pytest.raises(ValueError, match="2 stacks|is causal"):
         get_peft_model(CLIPModel(config), E2VPTConfig(**SHALLOW, target_modules=["self_attn"]))
+
+
+@pytest.mark.parametrize("num_kv_prompts", [0, 2])
+@torch.no_grad()
+def test_a_plain_model_without_a_config_takes_tokens(num_kv_prompts):
+    """Its attention calls PyTorch's function, and no config says which implementation it is set to."""
+    config = {"target_modules": ["attn"], "attention_norm": "ln_1", "num_kv_prompts": num_kv_prompts}
+    bare = Bare()
+    model = adapt(copy.deepcopy(bare), **config, visual_prompt_depth="shallow", num_special_tokens=1)
+    prompts = prompt_parameters(model)
+    (tokens,) = [prompts[name] for name in prompts if "visual" in name]
+    reference = adapt(copy.deepcopy(bare), **config, num_visual_prompts=0) if num_kv_prompts else bare
+    for name, parameter in prompt_parameters(reference).items():
+        parameter.copy_(prompts[name])
+    x = torch.randn(2, 5, 8)
+    expected = reference(torch.cat([x[:, :1], tokens.expand(2, -1, -1), x[:, 1:]], 1))
+    torch.testing.assert_close(model(x), torch.cat([expected[:, :1], expected[:, 1 + len(tokens) :]], 1))
+    assert not torch.allclose(model(x), bare(x))

@@ -1,44 +1,16 @@
 from __future__ import annotations
 
-import io
 import re
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForImageClassification, ViTForImageClassification, ViTImageProcessor
+from transformers import AutoModelForImageClassification
 
-from e2vpt_peft import E2VPTConfig, prune_prompts, write_model_card
+from e2vpt_peft import E2VPTConfig, prune_prompts
 
 from ..support.models import tiny_vit
-
-PERSONS = b"---\r\nlicense: mit   # as agreed\r\ntags: [mine]\r\n---\r\n\r\n# Flowers\r\n\r\nTrained by hand.\r\n"
-
-
-def adapted(backbone: Any = None, **config: Any) -> PeftModel:
-    settings = {"num_visual_prompts": 4, "num_kv_prompts": 2, "num_segments": 4, "modules_to_save": ["classifier"]}
-    return get_peft_model(backbone or tiny_vit(), E2VPTConfig(**{**settings, **config}))  # type: ignore
-
-
-def card(model: Any, folder: Path, **details: Any) -> str:
-    write_model_card(model, folder, **details)
-    return (folder / "README.md").read_text()
-
-
-def metadata(text: str) -> Any:
-    """As huggingface_hub reads it, which refuses a model-index that the Hub cannot show."""
-    return ModelCard(text).data
-
-
-def run_snippet(text: str) -> str:
-    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
-    assert code.startswith("import e2vpt_peft")
-    with redirect_stdout(io.StringIO()) as printed:
-        exec(compile(code, "README.md", "exec"), {})
-    return printed.getvalue().strip()
+from .common import adapted, card, metadata
 
 
 class TestWhatACardSays:
@@ -144,125 +116,3 @@ class TestWhatACardSays:
         backbone = tiny_vit()
         backbone.add_adapter(E2VPTConfig(num_visual_prompts=4, num_kv_prompts=0))
         assert "| of these, prompts | 384 |" in card(backbone, tmp_path)
-
-    def test_mistakes(self, tmp_path: Path) -> None:
-        folder = tmp_path / "adapter"
-        with pytest.raises(ValueError, match="adapter_name='other' is no E2VPT adapter of this model"):
-            write_model_card(adapted(), folder, adapter_name="other")
-        with pytest.raises(ValueError, match="adapter_name is needed: the active E2VPT adapters are"):
-            write_model_card(get_peft_model(tiny_vit(), LoraConfig(target_modules=["q_proj"])), folder)
-        with pytest.raises(TypeError, match="datasett"):
-            write_model_card(adapted(), folder, datasett="cifar100")
-        assert not folder.exists()
-
-
-class TestCode:
-    @pytest.mark.parametrize("names", [["ant", 'bee "b"', "cat"], None], ids=["named", "unnamed"])
-    def test_it_runs(self, names: list[str] | None, tmp_path: Path) -> None:
-        tiny_vit(num_labels=5).save_pretrained(tmp_path / "backbone")
-        ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "backbone")
-        labels: dict[str, Any] = {"num_labels": 3}
-        if names is not None:
-            labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-        backbone = ViTForImageClassification.from_pretrained(
-            tmp_path / "backbone", ignore_mismatched_sizes=True, **labels
-        )
-        model = adapted(backbone)
-        model.save_pretrained(tmp_path / "adapter")
-        assert run_snippet(card(model, tmp_path / "adapter")) in (names or ["LABEL_0", "LABEL_1", "LABEL_2"])
-
-    def test_it_runs_for_an_adapter_in_a_subfolder(self, tmp_path: Path) -> None:
-        tiny_vit().vit.save_pretrained(tmp_path / "backbone")
-        backbone = type(tiny_vit().vit).from_pretrained(tmp_path / "backbone")
-        config = E2VPTConfig(num_visual_prompts=2, num_segments=4)
-        model = get_peft_model(backbone, config, adapter_name="flowers")
-        model.save_pretrained(tmp_path / "adapter")
-        text = card(model, tmp_path / "adapter")
-        assert run_snippet(text) == "" and "ViTModel" in text
-
-    def test_many_classes_are_not_listed(self, tmp_path: Path) -> None:
-        names = {index: f"class {index}" for index in range(50)}
-        text = card(adapted(tiny_vit(num_labels=50, id2label=names)), tmp_path)
-        assert "num_labels=50" in text and "class 7" not in text
-
-    def test_the_image_processor_beside_the_adapter_is_used(self, tmp_path: Path) -> None:
-        ViTImageProcessor().save_pretrained(tmp_path)
-        assert f'AutoImageProcessor.from_pretrained("{tmp_path}")' in card(adapted(), tmp_path)
-
-
-class TestCardsThatPersonsWrote:
-    def test_they_stay_to_the_byte(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-        path = tmp_path / "README.md"
-        for content in (PERSONS, b"Hello", b"---\n[not: metadata\n---\nHello"):
-            path.write_bytes(content)
-            caplog.clear()
-            write_model_card(adapted(), tmp_path)
-            assert path.read_bytes() == content
-            assert "was written by a person: it stays as it is" in caplog.text
-
-    def test_a_generated_part_that_somebody_changed_stays(self, tmp_path: Path) -> None:
-        text = card(adapted(), tmp_path).replace("## Prompts", "## Prompts, which are few")
-        (tmp_path / "README.md").write_text(text)
-        assert card(adapted(num_visual_prompts=3), tmp_path) == text
-
-    def test_what_stands_outside_the_generated_part_is_kept(self, tmp_path: Path) -> None:
-        begin, end = "<!-- e2vpt_peft writes", "<!-- e2vpt_peft: end -->"
-        text = card(adapted(), tmp_path, name="flowers").replace(begin, f"Mine, above.\n{begin}")
-        text = text.replace(end, f"{end}\n\nMine, below.")
-        for content in (text, text.replace("\n", "\r\n")):
-            (tmp_path / "README.md").write_bytes(content.encode())
-            new = card(adapted(num_visual_prompts=3), tmp_path, name="flowers")
-            assert new == text.replace(generated(text), generated(new)) and "Mine, above.\n" in new
-            assert new.endswith(f"{end}\n\nMine, below.\n") and "| visual prompts | 3 per" in new
-
-    def test_metadata_that_somebody_changed_is_kept(self, tmp_path: Path) -> None:
-        options: dict[str, Any] = {"name": "flowers", "dataset": "me/flowers", "base_model": "google/vit-base"}
-        text = card(adapted(), tmp_path, metrics={"test_accuracy": 0.5}, **options)
-        text = text.replace("google/vit-base\n", "google/vit-large\nlicense: mit\n", 1).replace(
-            "- e2vpt\n", "- mine\n"
-        )
-        other = "model-index:\n- name: flowers\n  results:\n"
-        assert other in text
-        by_hand = "  - task: {type: image-classification}\n    dataset: {name: Trees, type: me/trees}\n"
-        by_hand += "    metrics: [{type: accuracy, value: 0.25}]\n"
-        (tmp_path / "README.md").write_text(text.replace(other, other + by_hand))
-        data = metadata(card(adapted(), tmp_path, metrics={"test_accuracy": 0.75}, **options))
-        assert data.base_model == "google/vit-large" and data.license == "mit" and {"mine", "e2vpt"} <= set(data.tags)
-        results = [(one.dataset_type, one.metric_value) for one in data.eval_results]
-        assert sorted(results) == [("me/flowers", 0.75), ("me/trees", 0.25)]
-
-    def test_metadata_that_nobody_changed_is_written_anew(self, tmp_path: Path) -> None:
-        card(adapted(), tmp_path, dataset="me/flowers", metrics={"accuracy": 0.5})
-        data = metadata(card(adapted(), tmp_path, dataset="me/trees"))
-        assert data.datasets == ["me/trees"] and data.eval_results is None
-
-
-class TestCardsThatNobodyWrote:
-    def test_the_form_that_peft_saves_is_replaced(self, tmp_path: Path) -> None:
-        model = adapted()
-        model.save_pretrained(tmp_path)
-        assert "[More Information Needed]" in (tmp_path / "README.md").read_text()
-        assert card(model, tmp_path).count("\n# ") == 1
-
-    def test_a_form_with_something_filled_in_stays(self, tmp_path: Path) -> None:
-        model = adapted()
-        model.save_pretrained(tmp_path)
-        filled = (tmp_path / "README.md").read_text().replace("[More Information Needed]", "Ann", 1)
-        (tmp_path / "README.md").write_text(filled)
-        assert card(model, tmp_path) == filled
-
-    def test_saving_and_writing_again_changes_nothing(self, tmp_path: Path) -> None:
-        model = adapted()
-        text = card(model, tmp_path, base_model="google/vit-base", dataset="me/flowers", metrics={"accuracy": 0.5})
-        model.save_pretrained(tmp_path)
-        again = card(model, tmp_path, base_model="google/vit-base", dataset="me/flowers", metrics={"accuracy": 0.5})
-        assert again == text
-
-    def test_another_version_of_peft_does_not_make_it_a_persons(self, tmp_path: Path) -> None:
-        text = card(adapted(), tmp_path)
-        (tmp_path / "README.md").write_text(re.sub(r"- PEFT .*", "- PEFT 0.1.0\n- PEFT 0.2.0", text))
-        assert card(adapted(), tmp_path) == text
-
-
-def generated(text: str) -> str:
-    return re.findall(r"<!-- e2vpt_peft writes.*<!-- e2vpt_peft: end -->", text, re.DOTALL)[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,3 +65,8 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
         assert after[part] == before[part], part
     assert after["state"].keys() == before["state"].keys()
     assert all(torch.equal(after["state"][name], before["state"][name]) for name in before["state"])
+
+
+def edit_config(folder: Path, **values: Any) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,15 @@ from peft import (
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
-    inject_adapter_in_model,
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import AutoModelForImageClassification
 
 from e2vpt_peft import E2VPTConfig, E2VPTModel
-from e2vpt_peft.loading.former_names import former_names
 
-from ..support.models import TINY_MODELS, prompt_parameters, tiny_vit
-from .common import KINDS, adapted, assert_unchanged, layers_of, logits, move_heads, small_config, snapshot
+from ..support.models import prompt_parameters, tiny_vit
+from .common import KINDS, adapted, logits, move_heads, small_config
 
 every_kind = pytest.mark.parametrize("kind", list(KINDS.values()), ids=list(KINDS))
 WEIGHTS = "adapter_model.safetensors"
@@ -38,11 +34,6 @@ def saved(tmp_path: Path) -> tuple[PeftModel, Path]:
     model = adapted()
     model.save_pretrained(tmp_path / "adapter")
     return model, tmp_path / "adapter"
-
-
-def edit_config(folder: Path, **values: Any) -> None:
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
 class TestRoundTrip:
@@ -187,157 +178,6 @@ class TestKeysThatDoNotMatch:
             loaded = PeftModel.from_pretrained(other, folder, ignore_mismatched_sizes=True)
         prompts = prompt_parameters(loaded)
         assert all(torch.equal(prompts[name], value) for name, value in prompt_parameters(model).items())
-
-
-OTHERS = {
-    "hidden size": ({"hidden_size": 64, "num_attention_heads": 8}, r"hidden size 32 \(this model: 64\)"),
-    "heads": ({"num_attention_heads": 2}, r"heads 4 \(this model: 2\), head size 8 \(this model: 16\)"),
-    "fewer layers": ({"num_hidden_layers": 2}, r"number of layers 3 \(this model: 2\)"),
-    "more layers": ({"num_hidden_layers": 4}, r"number of layers 3 \(this model: 4\)"),
-}
-other_backbones = pytest.mark.parametrize("sizes, message", list(OTHERS.values()), ids=list(OTHERS))
-
-
-class TestBackbonesThatDoNotFit:
-    @other_backbones
-    @pytest.mark.parametrize("kind", list(KINDS.values()), ids=list(KINDS))
-    def test_from_pretrained_refuses_in_words_and_changes_nothing(
-        self, kind: dict, sizes: dict, message: str, tmp_path: Path
-    ) -> None:
-        adapted(**kind).save_pretrained(tmp_path)
-        backbone = tiny_vit(**sizes)
-        before = snapshot(backbone)
-        with pytest.raises(ValueError, match=message):
-            PeftModel.from_pretrained(backbone, tmp_path)
-        assert_unchanged(backbone, before)
-
-    @other_backbones
-    def test_load_adapter_refuses_in_words_and_changes_nothing(
-        self, sizes: dict, message: str, saved: tuple[PeftModel, Path]
-    ) -> None:
-        model = adapted(tiny_vit(**sizes))
-        before = snapshot(model)
-        with pytest.raises(ValueError, match=message):
-            model.load_adapter(saved[1], "other")
-        assert_unchanged(model, before)
-
-    @other_backbones
-    def test_the_native_load_adapter_refuses_in_words_and_changes_nothing(
-        self, sizes: dict, message: str, saved: tuple[PeftModel, Path]
-    ) -> None:
-        model = tiny_vit(**sizes)
-        before = snapshot(model)
-        with pytest.raises(ValueError, match=message):
-            model.load_adapter(str(saved[1]))
-        assert_unchanged(model, before)
-        model.add_adapter(small_config(), "mine")
-        before = snapshot(model)
-        with pytest.raises(ValueError, match=message):
-            model.load_adapter(str(saved[1]), adapter_name="other")
-        assert_unchanged(model, before)
-
-    @pytest.mark.parametrize("case", ["hidden size", "heads", "fewer layers"])
-    @pytest.mark.parametrize("wrapped", [True, False])
-    def test_set_peft_model_state_dict_refuses_in_words_and_loads_nothing(self, case: str, wrapped: bool) -> None:
-        """A state dict does not tell for how many layers it was made, only for how many at least."""
-        sizes, message = OTHERS[case]
-        if wrapped:
-            source: nn.Module = adapted()
-            model: nn.Module = adapted(tiny_vit(**sizes))
-        else:
-            source = inject_adapter_in_model(small_config(), tiny_vit())
-            model = inject_adapter_in_model(small_config(), tiny_vit(**sizes))
-        before = snapshot(model)
-        with pytest.raises(ValueError, match=message):
-            set_peft_model_state_dict(model, get_peft_model_state_dict(source))
-        assert_unchanged(model, before)
-
-    def test_the_message_names_the_backbone_of_the_adapter(self, saved: tuple[PeftModel, Path]) -> None:
-        edit_config(saved[1], base_model_name_or_path="google/vit-huge")
-        with pytest.raises(ValueError, match=r"trained on \(google/vit-huge\)"):
-            PeftModel.from_pretrained(tiny_vit(hidden_size=64), saved[1])
-
-    def test_an_adapter_of_some_layers_names_the_layers_of_its_backbone(self, tmp_path: Path) -> None:
-        adapted(layers_to_transform=[2]).save_pretrained(tmp_path)
-        for layers in (2, 4):
-            with pytest.raises(ValueError, match=rf"number of layers 3 \(this model: {layers}\)"):
-                PeftModel.from_pretrained(tiny_vit(num_hidden_layers=layers), tmp_path)
-        PeftModel.from_pretrained(tiny_vit(), tmp_path)
-
-    def test_without_the_description_the_weights_are_checked(self, saved: tuple[PeftModel, Path]) -> None:
-        edit_config(saved[1], backbone=None)
-        with pytest.raises(ValueError, match=OTHERS["hidden size"][1]):
-            PeftModel.from_pretrained(tiny_vit(**OTHERS["hidden size"][0]), saved[1])
-
-
-class TestFormerLayouts:
-    """Adapters that were saved when transformers named the attention modules of a model differently."""
-
-    OLD = {"vit": "vit.encoder.layer.{}.attention.attention", "deit": "deit.encoder.layer.{}.attention.attention"}
-    NEW = {"vit": "vit.layers.{}.attention", "deit": "deit.layers.{}.attention"}
-    OLD["dinov2"], NEW["dinov2"] = "dinov2.encoder.layer.{}.attention.attention", "dinov2.encoder.layer.{}.attention"
-
-    @pytest.mark.parametrize("family", list(OLD))
-    def test_names_follow_from_the_tables_of_transformers(self, family: str) -> None:
-        expected = {self.OLD[family].format(layer): self.NEW[family].format(layer) for layer in range(3)}
-        model = TINY_MODELS[family]()
-        assert former_names(model) == expected
-        get_peft_model(model, small_config())
-        assert former_names(model) == expected
-
-    def test_models_of_other_libraries_have_none(self) -> None:
-        assert former_names(nn.Linear(2, 2)) == {}
-
-    def save_as_formerly(self, model: PeftModel, folder: Path, family: str, **config: Any) -> None:
-        model.save_pretrained(folder)
-        tensors = load_file(folder / WEIGHTS)
-        for layer in range(3):
-            new, old = self.NEW[family].format(layer), self.OLD[family].format(layer)
-            tensors = {key.replace(f"{new}.", f"{old}."): value for key, value in tensors.items()}
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        edit_config(folder, **config)
-
-    @pytest.mark.parametrize("family", list(OLD))
-    @pytest.mark.parametrize(
-        "targets, layers",
-        [
-            (["attention.attention"], None),
-            (["attention.attention"], [0, 2]),
-            (["layer.0.attention.attention", "layer.2.attention.attention"], None),
-            (r".*\.layer\.(0|2)\.attention\.attention", None),
-            (["attention"], None),
-        ],
-    )
-    def test_a_former_adapter_gives_the_same_output(
-        self, family: str, targets: Any, layers: Any, tmp_path: Path
-    ) -> None:
-        in_all = targets in (["attention"], ["attention.attention"]) and layers is None
-        model = adapted(TINY_MODELS[family](), layers_to_transform=None if in_all else [0, 2])
-        config = {"target_modules": targets, "layers_to_transform": layers, "backbone": None}
-        self.save_as_formerly(model, tmp_path, family, **config)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)
-            loaded = PeftModel.from_pretrained(TINY_MODELS[family](), tmp_path)
-        assert len(layers_of(loaded)) == (3 if in_all else 2)
-        assert torch.equal(logits(loaded), logits(model))
-        loaded.save_pretrained(tmp_path / "again")
-        again = PeftModel.from_pretrained(TINY_MODELS[family](), tmp_path / "again")
-        assert torch.equal(logits(again), logits(model))
-
-    def test_the_native_load_adapter_reports_what_it_cannot_rename(self, tmp_path: Path) -> None:
-        """transformers renames the keys of adapters before PEFT is asked, by tables that know no prompts."""
-        self.save_as_formerly(adapted(), tmp_path, "vit", target_modules=["attention.attention"])
-        result = tiny_vit().load_adapter(str(tmp_path))
-        assert len(result.missing_keys) == len(result.unexpected_keys) == 6
-
-    def test_its_backbone_is_checked(self, tmp_path: Path) -> None:
-        self.save_as_formerly(adapted(), tmp_path, "vit", target_modules=["attention.attention"])
-        with pytest.raises(ValueError, match=OTHERS["fewer layers"][1]):
-            PeftModel.from_pretrained(tiny_vit(**OTHERS["fewer layers"][0]), tmp_path)
-
-    def test_targets_that_are_in_no_layout_are_refused_by_peft(self) -> None:
-        with pytest.raises(ValueError, match="No modules were targeted"):
-            get_peft_model(tiny_vit(), small_config(target_modules=["attn"]))
 
 
 def test_the_state_dict_of_a_model_with_several_adapters(tmp_path: Path) -> None:

@@ -7,40 +7,14 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from e2vpt_peft import E2VPTConfig, PromptScores, prune_prompts, rewind_prompts
+from e2vpt_peft import E2VPTConfig, PromptScores, prune_prompts
+from e2vpt_peft.adapter import PromptedAdapter
+from e2vpt_peft.pruning.prune import PruningSummary, least_segments
 
 from ..support.models import images, prompt_parameters, tiny_vit
 from ..support.prompted import with_prompts
 from ..support.reference import random_prompts
-
-SEGMENTS = 8
-both_depths = pytest.mark.parametrize("depth", ["deep", "shallow"])
-
-
-def adapted(depth="deep", seed=0, **config):
-    """A model with 6 visual prompts whose parameters are all different from their initial values."""
-    torch.manual_seed(seed)
-    defaults = {
-        "num_visual_prompts": 6,
-        "num_kv_prompts": 3,
-        "num_segments": SEGMENTS,
-        "modules_to_save": ["classifier"],
-    }
-    model = get_peft_model(tiny_vit(), E2VPTConfig(visual_prompt_depth=depth, **{**defaults, **config})).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter))
-    return model
-
-
-def scores(tokens=6, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return PromptScores(torch.rand(tokens, generator=generator), torch.rand(tokens, SEGMENTS, generator=generator))
-
-
-def layers_of(model):
-    return [layer.attention for layer in model.base_model.model.vit.layers]
+from .common import SEGMENTS, adapted, both_depths, layers_of, scores
 
 
 @both_depths
@@ -228,95 +202,20 @@ def test_the_summary_prints_well():
     assert "segments               48 ->         12  (25.0% left)" in text
 
 
-def test_masks_in_a_config_are_checked():
-    with pytest.raises(ValueError, match="token_mask must be a list of 10"):
-        E2VPTConfig(token_mask=[True])
-    with pytest.raises(ValueError, match="token_mask must be a list of 10"):
-        E2VPTConfig(token_mask=[1] * 10)
-    with pytest.raises(ValueError, match="segment_mask must be a list of 10 lists of 16"):
-        E2VPTConfig(segment_mask=[[True] * 16] * 9)
-    with pytest.raises(ValueError, match="keeps nothing"):
-        E2VPTConfig(token_mask=[False] * 10)
-
-
 @both_depths
-def test_rewinding_puts_survivors_and_the_head_back_to_their_initial_values(depth):
-    torch.manual_seed(1)
-    model = get_peft_model(
-        tiny_vit(),
-        E2VPTConfig(
-            visual_prompt_depth=depth, num_visual_prompts=6, num_segments=SEGMENTS, modules_to_save=["classifier"]
-        ),
-    ).eval()
-    fresh = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter))
-    prune_prompts(model, scores(), token_rate=0.5, segment_rate=0.5)
-    rewind_prompts(model)
-    prune_prompts(fresh, scores(), token_rate=0.5, segment_rate=0.5)
-    assert torch.equal(model(pixel_values=images()).logits, fresh(pixel_values=images()).logits)
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
-        n for n, p in fresh.named_parameters() if p.requires_grad
-    }
-
-
-def test_rewinding_can_undo_the_pruning():
-    torch.manual_seed(1)
-    model = get_peft_model(tiny_vit(), E2VPTConfig(num_visual_prompts=6, num_segments=SEGMENTS)).eval()
+def test_a_summary_tells_what_is_left_before_anything_is_pruned(depth):
+    model = adapted(depth)
+    adapter = PromptedAdapter.find(model)
     before = model(pixel_values=images()).logits
-    prune_prompts(model, scores(), token_rate=0.5, segment_rate=0.5)
-    rewind_prompts(model, undo_pruning=True)
+    masks = adapter.masks.prune(scores(), rates=(0.5, 0.5), minimum=(1, 2))
+    promised = PruningSummary.of(adapter, masks)
     assert torch.equal(model(pixel_values=images()).logits, before)
-    assert model.peft_config["default"].token_mask is None
+    assert prune_prompts(model, scores(), token_rate=0.5, segment_rate=0.5) == promised
+    assert adapter.masks == masks
+    assert promised.parameters_after == sum(p.numel() for p in prompt_parameters(model).values())
 
 
-def test_rewinding_can_start_from_fresh_values():
-    model = adapted()
-    prune_prompts(model, scores(), token_rate=0.5, segment_rate=0.5)
-    rewind_prompts(model)
-    saved = model(pixel_values=images()).logits
-    torch.manual_seed(77)
-    rewind_prompts(model, init="fresh")
-    fresh = model(pixel_values=images()).logits
-    assert not torch.allclose(fresh, saved)
-    rewind_prompts(model)  # fresh values are the initial ones from now on
-    assert torch.equal(model(pixel_values=images()).logits, fresh)
-    with pytest.raises(ValueError, match="init='stale'"):
-        rewind_prompts(model, init="stale")
-
-
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_an_adapter_that_was_loaded_has_no_initial_values_to_go_back_to(tmp_path, low_cpu_mem_usage):
-    model = adapted()
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(
-        tiny_vit(), tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage
-    ).eval()
-    before = loaded(pixel_values=images()).logits
-    with pytest.raises(ValueError, match="loaded from a file.*init='fresh'"):
-        rewind_prompts(loaded)
-    assert torch.equal(loaded(pixel_values=images()).logits, before)
-    rewind_prompts(loaded, init="fresh")
-    rewind_prompts(loaded)
-
-
-def test_loading_a_checkpoint_of_the_same_run_keeps_the_initial_values(tmp_path):
-    model = adapted()
-    rewind_to = [layer.initial_prompts["default"]["e2vpt_visual_prompts"].clone() for layer in layers_of(model)]
-    model.save_pretrained(tmp_path)
-    model.load_adapter(tmp_path, "default", is_trainable=True)
-    rewind_prompts(model)
-    for layer, initial in zip(layers_of(model), rewind_to):
-        assert torch.equal(layer.full_prompts("default"), initial)
-
-
-def test_initial_values_are_in_no_state_dict_and_go_with_the_adapter():
-    model = adapted()
-    prune_prompts(model, scores(), segment_rate=0.5)
-    assert not any("initial" in key or "kept" in key for key in model.state_dict())
-    model.add_adapter("other", E2VPTConfig())
-    model.delete_adapter("default")
-    assert all(set(layer.initial_prompts) == {"other"} for layer in layers_of(model))
-    assert all(len(list(layer.kept_components.keys())) == 0 for layer in layers_of(model))
+def test_a_quarter_of_the_segments_stays_unless_told_otherwise():
+    assert [least_segments(segments) for segments in (1, 4, 5, 8, 16)] == [1, 1, 2, 2, 4]
+    every = PromptScores(torch.rand(6), torch.rand(6, 16))
+    assert prune_prompts(adapted(num_segments=16), every, segment_rate=1.0).segments_after == 6 * 4

@@ -6,7 +6,7 @@ import torch
 from e2vpt_peft import prune_prompts, score_prompts, score_prompts_by_layer
 from e2vpt_peft.adapter import PromptedAdapter
 
-from .test_scores import LABELS, data, double, prompted
+from .common import LABELS, data, double, prompted
 
 
 def test_every_layer_has_its_scores():

@@ -12,7 +12,7 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 from e2vpt_peft import E2VPTConfig, check_prefix
 from e2vpt_peft.attention.interception import ProductsMode
 
-from ..attention.test_architectures import PROMPTS, adapt, adapted_layers
+from .adapted import PROMPTS, adapt, adapted_layers
 from .models import images, prompt_parameters, randomized
 
 VITS = {

@@ -5,7 +5,7 @@ import pytest
 
 from e2vpt_peft import prune_prompts, score_prompts, score_prompts_by_layer
 
-from ..pruning.test_scores import data, prompted
+from ..pruning.common import data, prompted
 
 pytest.importorskip("matplotlib")
 from e2vpt_peft.plots import plot_importance
