@@ -31,7 +31,7 @@ def logits(model, **changes):
 
 def test_nothing_is_different_outside():
     assert running_pass() == OUTSIDE
-    assert OUTSIDE.route is OUTSIDE.visual_prompts is OUTSIDE.edit_prefix is OUTSIDE.token_bias is None
+    assert OUTSIDE.route is OUTSIDE.edit_prefix is OUTSIDE.token_bias is None
 
 
 def test_inner_changes_join_the_outer_ones_and_are_undone_alone():
