@@ -56,10 +56,11 @@ class Bench:
                 if parameter.requires_grad:
                     parameter.mul_(0.5).add_(sum(phase.encode()) % 13)  # another one in every phase
         self.happen(f"fit {phase}")
-        metric = self.metrics[phase.rpartition("-")[0] if phase.count("-") == 2 else phase]
-        return Outcome(metric, length, int(4 * length), 0.1)
+        without_length = "-".join(phase.split("-")[:2])
+        return Outcome(self.metrics.get(phase, self.metrics[without_length]), length, int(4 * length), 0.1)
 
     def score(self) -> PromptScores:
+        self.starts["score"] = taken(self.model)
         self.happen("score")
         return SCORES
 
@@ -106,6 +107,12 @@ def test_the_order_of_the_grid(tmp_path: Path) -> None:
     assert list(result.outcomes) == ["tune", *candidates]
     assert result.outcomes["candidate-3"] == Outcome(0.7, 4.0, 16, 0.1)
     assert [one.metric for one in (result.reference, *result.candidates)] == list(METRICS.values())
+
+
+def test_what_is_scored_is_tuned(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.run()
+    assert same(bench.starts["score"], bench.left_by("tune"))
 
 
 def test_every_candidate_starts_from_the_initial_values_of_what_it_keeps(tmp_path: Path) -> None:
@@ -163,15 +170,24 @@ def test_halving_trains_the_better_half_anew_for_longer(tmp_path: Path) -> None:
     assert (result.best.name, result.final_phase) == ("candidate-3", "candidate-3")
 
 
-def test_only_candidates_of_the_last_round_win(tmp_path: Path) -> None:
-    class Fades(Bench):
-        def fit(self, phase: str, length: float) -> Outcome:
-            outcome = super().fit(phase, length)
-            fades = phase in ("candidate-1", "candidate-3")
-            return Outcome(0.35, length, outcome.steps, 0.1) if fades else outcome
+def test_a_round_is_among_the_best_of_the_round_before(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {**METRICS, "candidate-3-2": 0.35, "candidate-1-2": 0.36})
+    bench.run(search="halving", halving_factor=2, halving_rounds=3)
+    first_round = [f"candidate-{number}-1" for number in (1, 2, 3, 4)]
+    assert bench.trained[1:] == [*first_round, "candidate-3-2", "candidate-1-2", "candidate-1"]
 
-    halving = {"search": "halving", "halving_factor": 2, "halving_rounds": 2}
-    assert Fades(tmp_path).run(**halving, tolerance=0.2).best.name == "candidate-3"
+
+def test_in_halving_a_smaller_metric_may_be_the_better(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.run(search="halving", halving_factor=2, halving_rounds=2, greater_is_better=False)
+    assert bench.trained[-2:] == ["candidate-4", "candidate-2"]
+
+
+def test_only_candidates_of_the_last_round_win(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {**METRICS, "candidate-1": 0.35, "candidate-1-2": 0.6, "candidate-3": 0.36, "tune": 0.38})
+    bench.metrics["candidate-3-2"] = 0.7
+    result = bench.run(search="halving", halving_factor=2, halving_rounds=2, tolerance=0.1)
+    assert (result.best.name, result.candidates[1].metric) == ("candidate-3", 0.4)
 
 
 @pytest.mark.parametrize("tuned", [0.5, 0.9])
@@ -207,31 +223,38 @@ def test_what_was_tuned_before_the_search_is_where_tuning_starts(tmp_path: Path)
     assert same(bench.starts["tune"], before) and not same(bench.starts["candidate-1"], before)
 
 
-OPTIONS = {"search": "halving", "halving_factor": 2, "halving_rounds": 2, "rewind": "fresh", "final_training": True}
+OPTIONS = {"search": "halving", "halving_factor": 2, "halving_rounds": 2, "final_training": True}
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bench, SearchResult]:
+@pytest.fixture(scope="module", params=["saved", "fresh"])
+def undisturbed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Bench, SearchResult, dict[str, Any]]:
+    options = {**OPTIONS, "rewind": request.param}
     bench = Bench(tmp_path_factory.mktemp("undisturbed"), {**METRICS, "final": 0.0})
-    return bench, bench.run(**OPTIONS)
+    return bench, bench.run(**options), options
 
 
 @pytest.mark.parametrize("moment", range(1, 17))
 def test_killed_at_any_event_it_goes_on_and_ends_the_same(
-    moment: int, undisturbed: tuple[Bench, SearchResult], tmp_path: Path
+    moment: int, undisturbed: tuple[Bench, SearchResult, dict[str, Any]], tmp_path: Path
 ) -> None:
-    whole, expected = undisturbed
+    whole, expected, options = undisturbed
     assert len(whole.events) == 16
     killed = Bench(tmp_path, whole.metrics, stop_at=moment)
     with pytest.raises(Interruption):
-        killed.run(**OPTIONS)
+        killed.run(**options)
 
     resumed = Bench(tmp_path, whole.metrics, seed=7)  # its own initial values must not matter
-    result = resumed.run(resume=True, **OPTIONS)
+    result = resumed.run(resume=True, **options)
     assert [row.row() for row in result.candidates] == [row.row() for row in expected.candidates]
     assert (result.best.name, result.final_phase) == (expected.best.name, expected.final_phase)
     assert result.outcomes == expected.outcomes
     assert same(taken(resumed.model), taken(whole.model))
+    for phase, start in resumed.starts.items():
+        assert same(start, whole.starts[phase])
+    rewind_prompts(resumed.model)
+    assert same(taken(resumed.model), whole.starts["final"])
 
     # What was finished is not done again; what was under way is.
     times = Counter(killed.trained + resumed.trained)
@@ -240,10 +263,10 @@ def test_killed_at_any_event_it_goes_on_and_ends_the_same(
     assert killed.events[:-1].count("score") + resumed.events.count("score") == 1
 
 
-def test_a_finished_search_only_gives_its_result(undisturbed: tuple[Bench, SearchResult]) -> None:
-    whole, expected = undisturbed
+def test_a_finished_search_only_gives_its_result(undisturbed: tuple[Bench, SearchResult, dict[str, Any]]) -> None:
+    whole, expected, options = undisturbed
     again = Bench(whole.folder, seed=5)
-    result = again.run(resume=True, **OPTIONS)
+    result = again.run(resume=True, **options)
     assert not again.trained and "score" not in again.events
     assert result.outcomes == expected.outcomes
     assert same(taken(again.model), taken(whole.model))
