@@ -219,8 +219,7 @@ class E2VPTTrainer(ModelCardTrainer):
 
     def _forget(self, run: _Run) -> None:
         """Make the Trainer forget the last phase: its optimizer, its wrappers, what callbacks counted, randomness."""
-        run.history += self.state.log_history
-        self.state.log_history = []
+        run.history += self.state.log_history  # Trainer makes a new one
         self._release()
         for callback, attributes in run.counters:
             for name, value in copy.deepcopy(attributes).items():

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, set_seed
+from transformers.trainer_callback import ExportableState
 
 from e2vpt_peft import E2VPTConfig, prune_prompts, rewind_prompts, score_prompts
 
@@ -269,6 +270,25 @@ def test_the_best_checkpoint_and_early_stopping_work_in_every_phase(tmp_path):
         assert row["metric"] == after == max(during)
     rewind_prompts(trainer.model, undo_pruning=True)
     same(snapshot(trainer), taken(adapted()))
+
+
+def test_callbacks_that_count_begin_anew_in_every_phase(tmp_path):
+    begun = []
+
+    class Counts(TrainerCallback, ExportableState):
+        steps = 0
+
+        def state(self):
+            return {"args": {}, "attributes": {"steps": self.steps}}
+
+        def on_train_begin(self, *args, **kwargs):
+            begun.append(self.steps)
+
+        def on_step_end(self, *args, **kwargs):
+            self.steps += 1
+
+    make_trainer(tmp_path, config=pruning(token_rates=[0.5]), callbacks=[Counts()]).train()
+    assert begun == [0, 0, 0]
 
 
 def test_fresh_values_are_the_same_for_every_candidate_and_not_the_saved_ones(tmp_path, run):
