@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
+
+from transformers import TrainingArguments
 
 from ..pruning import SCORING_METHODS
 from ..utils.fields import check_choice, check_integer, check_type, is_number
@@ -145,6 +148,42 @@ class PruningConfig(PruningArguments):
             raise TypeError(f"metric_for_best_model={self.metric_for_best_model!r} must be the name of a metric.")
         if self.greater_is_better is not None and not isinstance(self.greater_is_better, bool):
             raise TypeError(f"greater_is_better={self.greater_is_better!r} must be True, False or None.")
+
+
+class Metric(NamedTuple):
+    """The validation metric that decides.
+
+    Attributes:
+        name (`str`): As an evaluation returns it, with `"eval_"`.
+        greater_is_better (`bool`): Whether larger is better.
+    """
+
+    name: str
+    greater_is_better: bool
+
+    @classmethod
+    def of(cls, config: PruningConfig, arguments: TrainingArguments) -> Metric:
+        """That of the config, else of the arguments, else the loss."""
+        name = config.metric_for_best_model or arguments.metric_for_best_model or "loss"
+        greater_is_better = config.greater_is_better
+        if greater_is_better is None and name == arguments.metric_for_best_model:
+            greater_is_better = arguments.greater_is_better
+        if greater_is_better is None:
+            greater_is_better = not name.endswith("loss")
+        return cls(name if name.startswith("eval_") else f"eval_{name}", greater_is_better)
+
+    def value_in(self, metrics: Mapping[str, float]) -> float:
+        """Its value among the metrics of an evaluation.
+
+        Raises:
+            ValueError: It is not among them.
+        """
+        if self.name not in metrics:
+            raise ValueError(
+                f"metric_for_best_model={self.name!r} is not among the metrics of the evaluation: "
+                f"{', '.join(sorted(metrics))}. Name one of them, or return it from compute_metrics."
+            )
+        return float(metrics[self.name])
 
 
 def _rates(name: str, value: Any) -> list[float]:

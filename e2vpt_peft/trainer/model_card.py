@@ -35,8 +35,10 @@ class ModelCardTrainer(Trainer):
         ```
     """
 
-    _given_details: dict[str, Any] = {}
-    _push_target: Optional[dict[str, Any]] = None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._given_details: dict[str, Any] = {}
+        self._push_target: Optional[dict[str, Any]] = None
 
     def create_model_card(
         self,

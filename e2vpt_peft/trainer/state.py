@@ -6,19 +6,43 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Optional, TypeVar
+from typing import Any, Optional, TypeVar, cast
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load, save
+from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..config import E2VPTConfig
 from ..utils.files import write_atomically
+from .config import Metric, PruningConfig
 
 FOLDER, RECORDS = "_pruning_state", "state.json"
 """Trainer does not push what begins with an underscore."""
+
+# What results depend on, with the PruningConfig: a search is resumed with the same ones only.
+ARGUMENTS = (
+    "seed",
+    "data_seed",
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "weight_decay",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+)
+ADAPTER_SETTINGS = (
+    "num_visual_prompts",
+    "visual_prompt_depth",
+    "num_kv_prompts",
+    "share_kv_prompts",
+    "init_weights",
+    "num_segments",
+)
 
 T = TypeVar("T")
 
@@ -30,16 +54,30 @@ def on_main_process(make: Callable[[], T]) -> T:
     """
     if PartialState().num_processes == 1:
         return make()
-    box: list[Any] = [None, None]
+    made: list[T | Exception | None] = [None]
     if PartialState().is_main_process:
         try:
-            box[0] = make()
+            made[0] = make()
         except Exception as error:
-            box[1] = error
-    broadcast_object_list(box)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
+            made[0] = error
+    broadcast_object_list(made)
+    if isinstance(made[0], Exception):
+        raise made[0]
+    return cast(T, made[0])
+
+
+def settings_of(
+    arguments: TrainingArguments, adapter: E2VPTConfig, config: PruningConfig, metric: Metric, final_training: bool
+) -> dict[str, Any]:
+    """The settings of a search, all of which its results depend on."""
+    return {
+        **{name: getattr(arguments, name) for name in ARGUMENTS},
+        **{name: getattr(adapter, name) for name in ADAPTER_SETTINGS},
+        **asdict(config),
+        "metric_for_best_model": metric.name,
+        "greater_is_better": metric.greater_is_better,
+        "final_training": final_training,
+    }
 
 
 class SearchState:
@@ -78,7 +116,7 @@ class SearchState:
                         f"{name}={value!r}, but the search in {self.folder} was started with "
                         f"{content['settings'].get(name)!r}: resume it with that, or choose another output_dir."
                     )
-            return content["records"]
+            return dict(content["records"])
         if path.is_file():  # of another search: kept once, in case that was no intention
             backup = self.folder.with_name(f"{FOLDER}.bak")
             if (backup / RECORDS).is_file():
@@ -93,24 +131,16 @@ class SearchState:
         self._write({})
         return {}
 
-    def finish(
-        self, phase: str, record: dict[str, Any], tensors: Optional[Mapping[str, torch.Tensor]] = None
-    ) -> dict[str, Any]:
-        """Record that a phase is finished, with the tensors that it made, and remove its checkpoints.
-
-        Returns:
-            `dict`: The record, of the main process.
-        """
+    def finish(self, phase: str, record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Record that a phase is finished, with the tensors that it made, and remove its checkpoints."""
 
         def write() -> dict[str, Any]:
-            if tensors is not None:
-                write_atomically(self._tensors(phase), save(dict(tensors)))
+            write_atomically(self._tensors(phase), save(dict(tensors)))
             self._write({**self.records, phase: record})
             self._remove_checkpoints(phase)
-            return record
+            return dict(record)
 
         self.records[phase] = on_main_process(write)
-        return self.records[phase]
 
     def tensors(self, phase: str) -> dict[str, torch.Tensor]:
         """The tensors of a finished phase."""

@@ -25,7 +25,7 @@ from transformers import HfArgumentParser
 
 from e2vpt_peft import PruningConfig, prune_prompts, rewind_prompts, score_prompts
 from e2vpt_peft.adapter import PromptedAdapter
-from e2vpt_peft.trainer.search import Candidate, list_candidates, plan_rounds, ranked, search
+from e2vpt_peft.trainer.candidates import Candidate, list_candidates, plan_rounds, ranked, survivors
 
 from .importance import Batches, Options, Result, Results, batches, fit, load_task, make_model, runs
 
@@ -140,8 +140,11 @@ def both_searches(args: Arguments, name: str, dataset: str | None, seed: int, re
         config = PruningConfig(**rates, search=how, halving_rounds=args.halving_rounds)
         rewind_prompts(task.model, undo_pruning=True)
         _, candidates = list_candidates(PromptedAdapter.find(task.model), scores, config)
-        rounds = plan_rounds(config, len(candidates), args.epochs)
-        best = ranked(search(candidates, rounds, train, greater_is_better=True), greater_is_better=True)[0]
+        for count, length in plan_rounds(config, len(candidates), args.epochs):
+            candidates = survivors(candidates, count, greater_is_better=True)
+            for candidate in candidates:
+                train(candidate, length)
+        best = ranked(candidates, greater_is_better=True)[0]
         row[how] = {"winner": best.name, "rates": best.rates[0], "parameters": best.parameters}
         row[how] |= {"validation": best.metric, "test": tests[best.name], "epochs": spent[how]}
     return results.add([row])[0]

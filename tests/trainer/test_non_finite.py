@@ -105,13 +105,14 @@ def test_scoring_stops_with_the_batch(tmp_path):
     trainer = make_trainer(tmp_path)
     bad = BrightPatch(32, seed=1)
     bad.images[17] = float("nan")
-    train_phase = trainer._train_phase
+    fit = trainer._fit
 
     def then_bad_data(*args):
-        train_phase(*args)
+        outcome = fit(*args)
         trainer.train_dataset = bad
+        return outcome
 
-    trainer._train_phase = then_bad_data
+    trainer._fit = then_bad_data
     with pytest.raises(FloatingPointError, match="began with batch 2.*pixel_values"):
         trainer.train()
 

@@ -6,8 +6,9 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from e2vpt_peft import PruningArguments, PruningConfig
+from e2vpt_peft.trainer.config import Metric
 
-from .toy import make_trainer
+from .toy import arguments, make_trainer, pruning
 
 
 def test_the_default_is_the_grid_of_the_paper():
@@ -31,8 +32,8 @@ def test_every_field_has_a_help_text():
         ({"segment_rates": [-0.1]}, ValueError, ["segment_rates=[-0.1]"]),
         ({"segment_rates": 0.5}, TypeError, ["segment_rates=0.5", "list"]),
         ({"importance": "magic"}, ValueError, ["importance='magic'", "'removal'", "'leave_one_out'"]),
-        ({"search": "random"}, ValueError, ["search='random'", "'grid', 'halving'"]),
-        ({"rewind": "never"}, ValueError, ["rewind='never'", "'saved', 'fresh'"]),
+        ({"search": "random"}, ValueError, ["search='random'", "'grid' or 'halving'"]),
+        ({"rewind": "never"}, ValueError, ["rewind='never'", "'saved' or 'fresh'"]),
         ({"tolerance": -1}, ValueError, ["tolerance=-1"]),
         ({"tolerance": float("nan")}, ValueError, ["tolerance=nan"]),
         ({"tolerance": "much"}, TypeError, ["tolerance='much'"]),
@@ -92,3 +93,17 @@ def test_on_one_command_line_with_training_arguments_the_metric_is_common():
 def test_arguments_are_a_config_without_the_metric(tmp_path):
     trainer = make_trainer(tmp_path, config=PruningArguments(token_rates=[0.5], tolerance=0.1))
     assert trainer.pruning_config == PruningConfig(token_rates=[0.5], tolerance=0.1)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "expected"),
+    [
+        ({}, {}, ("eval_loss", False)),
+        ({}, {"metric_for_best_model": "accuracy"}, ("eval_accuracy", True)),
+        ({}, {"metric_for_best_model": "error", "greater_is_better": False}, ("eval_error", False)),
+        ({"metric_for_best_model": "eval_accuracy"}, {"metric_for_best_model": "loss"}, ("eval_accuracy", True)),
+        ({"metric_for_best_model": "error", "greater_is_better": False}, {}, ("eval_error", False)),
+    ],
+)
+def test_which_metric_decides(tmp_path, config, options, expected):
+    assert Metric.of(pruning(**config), arguments(tmp_path, **options)) == expected

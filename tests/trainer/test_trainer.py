@@ -4,13 +4,14 @@ import copy
 import json
 import math
 from collections import defaultdict
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
-from accelerate import FullyShardedDataParallelPlugin
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, set_seed
+from transformers.trainer_callback import ExportableState
 
 from e2vpt_peft import E2VPTConfig, prune_prompts, rewind_prompts, score_prompts
 
@@ -45,6 +46,11 @@ def same(first, second, tolerance=0.0):
 
 def snapshot(trainer):
     return taken(trainer.model)
+
+
+def phase(folder, name):
+    """The tensors that a phase has left."""
+    return load_file(Path(str(folder)) / "_pruning_state" / f"{name}.safetensors")
 
 
 def size_preferred(sign):
@@ -134,7 +140,7 @@ def test_metrics_can_be_printed_and_saved(run, capsys):
 
 
 def test_a_candidate_is_what_pruning_by_hand_gives(run, tmp_path):
-    trainer, _, _, _ = run
+    _, _, _, folder = run
     model = adapted()
 
     def train():
@@ -144,12 +150,12 @@ def test_a_candidate_is_what_pruning_by_hand_gives(run, tmp_path):
         return plain
 
     plain = train()
-    same(taken(model), trainer._search_state.tensors("tune"))
+    same(taken(model), phase(folder, "tune"))
     scores = score_prompts(model, plain.get_test_dataloader(TRAIN), progress_bar=False)
     prune_prompts(model, scores, token_rate=0.25, segment_rate=0.5)
     rewind_prompts(model)
     train()
-    same(taken(model), trainer._search_state.tensors("candidate-2"))
+    same(taken(model), phase(folder, "candidate-2"))
 
 
 def test_the_result_saves_loads_and_rewinds_to_the_initial_values(run, tmp_path):
@@ -204,7 +210,7 @@ def test_nothing_is_pruned_if_that_is_worse_by_more_than_the_tolerance(tmp_path,
         assert "Nothing was pruned" in output.metrics["pruning_message"]
         assert "Nothing was pruned" in json.loads((tmp_path / "pruning_results.json").read_text())["message"]
         assert "Nothing was pruned" in caplog.text
-        same(snapshot(trainer), trainer._search_state.tensors("tune"))
+        same(snapshot(trainer), phase(tmp_path, "tune"))
 
 
 def test_the_best_metric_wins(tmp_path):
@@ -215,22 +221,8 @@ def test_the_best_metric_wins(tmp_path):
     assert output.metrics["pruning_candidates"][-1]["metric"] == output.metrics["pruning_metric"]
 
 
-@pytest.mark.parametrize(
-    ("config", "options", "expected"),
-    [
-        ({}, {}, ("eval_loss", False)),
-        ({}, {"metric_for_best_model": "accuracy"}, ("eval_accuracy", True)),
-        ({}, {"metric_for_best_model": "error", "greater_is_better": False}, ("eval_error", False)),
-        ({"metric_for_best_model": "eval_accuracy"}, {"metric_for_best_model": "loss"}, ("eval_accuracy", True)),
-        ({"metric_for_best_model": "error", "greater_is_better": False}, {}, ("eval_error", False)),
-    ],
-)
-def test_which_metric_decides(tmp_path, config, options, expected):
-    assert make_trainer(tmp_path, config=pruning(**config), **options)._metric() == expected
-
-
 def test_halving_needs_fewer_epochs_and_its_winner_is_fully_trained(tmp_path, run):
-    grid, _, _, _ = run
+    _, _, _, grid = run
     trainings = Trainings()
     config = pruning(search="halving", halving_factor=2, halving_rounds=2)
     trainer = make_trainer(tmp_path, config=config, callbacks=[trainings])
@@ -241,7 +233,7 @@ def test_halving_needs_fewer_epochs_and_its_winner_is_fully_trained(tmp_path, ru
     assert output.metrics["pruning_epochs"] == 10
     finalists = [row for row in rows[1:] if row["epochs"] == 3]
     for row in finalists:  # the same training as in the grid
-        same(trainer._search_state.tensors(row["name"]), grid._search_state.tensors(row["name"]))
+        same(phase(tmp_path, row["name"]), phase(grid, row["name"]))
     assert output.metrics["pruning_metric"] in [row["metric"] for row in [rows[0], *finalists]]
 
 
@@ -278,6 +270,25 @@ def test_the_best_checkpoint_and_early_stopping_work_in_every_phase(tmp_path):
         assert row["metric"] == after == max(during)
     rewind_prompts(trainer.model, undo_pruning=True)
     same(snapshot(trainer), taken(adapted()))
+
+
+def test_callbacks_that_count_begin_anew_in_every_phase(tmp_path):
+    begun = []
+
+    class Counts(TrainerCallback, ExportableState):
+        steps = 0
+
+        def state(self):
+            return {"args": {}, "attributes": {"steps": self.steps}}
+
+        def on_train_begin(self, *args, **kwargs):
+            begun.append(self.steps)
+
+        def on_step_end(self, *args, **kwargs):
+            self.steps += 1
+
+    make_trainer(tmp_path, config=pruning(token_rates=[0.5]), callbacks=[Counts()]).train()
+    assert begun == [0, 0, 0]
 
 
 def test_fresh_values_are_the_same_for_every_candidate_and_not_the_saved_ones(tmp_path, run):
@@ -322,9 +333,8 @@ def test_the_winner_is_trained_at_last_on_a_dataset_of_its_own(tmp_path, run):
     assert output.metrics["pruning_candidates"] == searched.metrics["pruning_candidates"]
     assert output.global_step == searched.global_step + 2 * 7
     best = json.loads((tmp_path / "pruning_results.json").read_text())["best"]
-    state = trainer._search_state
-    assert torch.equal(snapshot(trainer)["token_mask"], state.tensors(best)["token_mask"])
-    same(snapshot(trainer), state.tensors("final"))
+    assert torch.equal(snapshot(trainer)["token_mask"], phase(tmp_path, best)["token_mask"])
+    same(snapshot(trainer), phase(tmp_path, "final"))
     assert trainer.train_dataset is TRAIN
 
 
@@ -388,25 +398,6 @@ def test_what_cannot_work_is_refused_before_training(tmp_path, options, words):
         assert word in str(raised.value)
     assert trainings.folders == []
     assert not (tmp_path / "_pruning_state").exists()
-
-
-@pytest.mark.parametrize(
-    ("plugin", "words"),
-    [
-        ({"fsdp_plugin": FullyShardedDataParallelPlugin(fsdp_version=2)}, ["FULL_STATE_DICT", "fsdp2.yaml"]),
-        ({"deepspeed_plugin": SimpleNamespace(deepspeed_config={"scheduler": {}})}, ["'scheduler'"]),
-    ],
-)
-def test_engines_are_refused_with_settings_that_cannot_work(tmp_path, monkeypatch, plugin, words):
-    trainings = Trainings()
-    trainer = make_trainer(tmp_path, callbacks=[trainings])
-    (name,) = plugin
-    monkeypatch.setitem(trainer._engines, f"is_{name.partition('_')[0]}_enabled", True)
-    monkeypatch.setattr(trainer.accelerator, "state", SimpleNamespace(**plugin))
-    with pytest.raises(ValueError) as raised:
-        trainer.train()
-    assert all(word in str(raised.value) for word in words)
-    assert not trainings.folders
 
 
 def test_several_active_adapters_are_refused(tmp_path):
