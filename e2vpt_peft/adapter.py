@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Optional
 
 from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
@@ -52,7 +51,7 @@ class PromptedAdapter:
     layers: Sequence[E2VPTLayer]
 
     @classmethod
-    def find(cls, model: nn.Module, name: Optional[str] = None) -> PromptedAdapter:
+    def find(cls, model: nn.Module, name: str | None = None) -> PromptedAdapter:
         """Find an adapter, by default the active one.
 
         Args:
@@ -117,7 +116,7 @@ class PromptedAdapter:
         """The layers that have visual prompts: all if they are deep, one if they are shallow."""
         return [layer for layer in self.layers if layer.has_visual_prompts(self.name)]
 
-    def num_parameters(self, masks: Optional[PromptMasks] = None) -> int:
+    def num_parameters(self, masks: PromptMasks | None = None) -> int:
         """The number of parameters of the prompts, without `modules_to_save`.
 
         Args:

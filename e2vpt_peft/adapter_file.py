@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -51,15 +51,15 @@ class ExpectedWeights(NamedTuple):
     """
 
     shapes: Sequence[Mapping[str, tuple[int, ...]]]
-    num_layers: Optional[int]
+    num_layers: int | None
     modules_to_save: Sequence[str]
 
 
 def check_adapter_file(
     expected: ExpectedWeights,
     folder: str,
-    subfolder: Optional[str] = None,
-    download: Optional[Mapping[str, Any]] = None,
+    subfolder: str | None = None,
+    download: Mapping[str, Any] | None = None,
 ) -> None:
     """Refuse weights that are pickled, damaged, of something else, not finite, or not what the configuration says.
 
@@ -93,11 +93,11 @@ def check_adapter_file(
         )
 
 
-def _existing(path: str) -> Optional[Path]:
+def _existing(path: str) -> Path | None:
     return Path(path) if os.path.lexists(path) else None
 
 
-def _downloaded(repository: str, name: str, subfolder: Optional[str], download: Any) -> Optional[Path]:
+def _downloaded(repository: str, name: str, subfolder: str | None, download: Any) -> Path | None:
     """The file, which PEFT finds in the cache later, or `None` if there is none: PEFT says then what is wrong."""
     try:
         return Path(hf_hub_download(repository, name, subfolder=subfolder, **(download or {})))
@@ -129,7 +129,7 @@ def is_prompt(name: str) -> bool:
     return name.rpartition(".")[2].startswith(PREFIX)
 
 
-def check_names(names: Sequence[str], modules_to_save: Optional[Sequence[str]], where: str) -> None:
+def check_names(names: Sequence[str], modules_to_save: Sequence[str] | None, where: str) -> None:
     """Refuse weights that are not those of an adapter.
 
     PEFT would load a tensor that has the name of a weight of the backbone into the backbone.
@@ -172,7 +172,7 @@ def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
         )
 
 
-def _check_number_of_layers(number: Optional[int], path: Path, names: Iterable[str]) -> None:
+def _check_number_of_layers(number: int | None, path: Path, names: Iterable[str]) -> None:
     layers = {name.rpartition(".")[0] for name in names if is_prompt(name)}
     if number is not None and len(layers) > number:
         raise ValueError(

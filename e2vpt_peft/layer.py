@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, Optional
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -226,7 +226,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         nothing = next(iter(prompts.values()))[:, :0]
         return route.gather([prompts.get(name, nothing) for name in adapters], batch_size)
 
-    def inserted_visibility(self, batch_size: int) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
+    def inserted_visibility(self, batch_size: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Which of [`inserted_tokens`] each sample may see, and what is added to their attention scores, both (batch
         size, number), or `None` for all and for nothing."""
         current = running_pass()
@@ -323,7 +323,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         # An attention has no weight of its own: prompts go where its key projection is.
         return super()._get_base_layer_device_and_dtype(getattr(base_layer, self.site.key_projection))
 
-    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> NoReturn:
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         """Always raises: prompts cannot be merged into weights."""
         raise ValueError(CANNOT_MERGE)
 

@@ -8,7 +8,7 @@ components that are left are parameters, in one flat tensor.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Optional, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -18,8 +18,8 @@ class MaskedConfig(Protocol):
 
     num_visual_prompts: int
     num_segments: int
-    token_mask: Optional[list[bool]]
-    segment_mask: Optional[list[list[bool]]]
+    token_mask: list[bool] | None
+    segment_mask: list[list[bool]] | None
 
 
 class Scores(Protocol):
@@ -98,7 +98,7 @@ class PromptMasks:
         """How many parameters the visual prompts of one layer have."""
         return self.num_segments * hidden_size // self.segments.shape[1]
 
-    def components(self, hidden_size: int) -> Optional[torch.Tensor]:
+    def components(self, hidden_size: int) -> torch.Tensor | None:
         """Where the parameters of prompts with pruned segments belong.
 
         Component `j` of a prompt belongs to segment `j % segments`, as in the published code.
@@ -155,8 +155,8 @@ def select(
     present: torch.Tensor,
     minimum: int,
     *,
-    rate: Optional[float] = None,
-    count: Optional[int] = None,
+    rate: float | None = None,
+    count: int | None = None,
 ) -> torch.Tensor:
     """Keep those with the highest scores in each row; ties are pruned from the lower index on.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
@@ -48,7 +48,7 @@ def route_modules_to_save(model: nn.Module) -> None:
             module.__class__ = RoutedModulesToSave
 
 
-def check_adapter_names(adapter_names: Any, known: Sequence[str], samples: Optional[torch.Tensor]) -> None:
+def check_adapter_names(adapter_names: Any, known: Sequence[str], samples: torch.Tensor | None) -> None:
     """Refuse `adapter_names` that do not give each sample of a batch an adapter.
 
     Args:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
-from typing import Any, NoReturn, Optional
+from typing import Any, NoReturn
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -121,7 +121,7 @@ class E2VPTModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        parameter_name: Optional[str] = None,
+        parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, E2VPTConfig)
         if not self.active_adapters:  # all others have been deleted, and PEFT cannot set none active
@@ -249,13 +249,13 @@ class E2VPTModel(BaseTuner):
         with running(route=Route(adapter_names, None if samples is None else samples.device)):
             yield
 
-    def _main_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Optional[torch.Tensor]:
+    def _main_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
         """The main input of a call of the model, or else its first tensor, if any."""
         main = kwargs.get(getattr(self.model, "main_input_name", ""))
         return next((value for value in (main, *args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
 
     def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: Optional[dict[str, Any]] = None, **kwargs: Any
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Enable activation checkpointing of the backbone in a way that prompts get their gradients.
 
@@ -273,7 +273,7 @@ class E2VPTModel(BaseTuner):
             backbone.enable_input_require_grads()
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: Optional[dict[str, Any]] = None, **kwargs: Any
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """transformers' older name of [`activation_checkpointing_enable`]."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Optional, Protocol
+from typing import NamedTuple, Protocol
 
 from .masks import MaskedConfig, PromptMasks
 
@@ -40,9 +40,7 @@ class AttentionSizes(NamedTuple):
     head_size: int = 0
 
 
-def prompt_shapes(
-    config: PromptConfig, sizes: Sizes, masks: Optional[PromptMasks] = None
-) -> dict[str, tuple[int, ...]]:
+def prompt_shapes(config: PromptConfig, sizes: Sizes, masks: PromptMasks | None = None) -> dict[str, tuple[int, ...]]:
     """The shapes of an adapter's tensors in one layer, by their names.
 
     Args:

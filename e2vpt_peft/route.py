@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,7 @@ class Route:
         device (`Optional[torch.device]`): Where the samples are, so that no layer has to wait for a transfer.
     """
 
-    def __init__(self, sample_adapters: Sequence[str], device: Optional[torch.device] = None) -> None:
+    def __init__(self, sample_adapters: Sequence[str], device: torch.device | None = None) -> None:
         self.adapters = sorted(set(sample_adapters))
         """The adapters that occur, each once, in an order that does not depend on that of the samples."""
         self.counts = [list(sample_adapters).count(name) for name in self.adapters]
@@ -46,7 +45,7 @@ class Route:
         padded = [F.pad(part, (0, 0) * (part.dim() - 2) + (0, longest - part.shape[1])) for part in rows]
         return torch.cat(padded).index_select(0, self._index(batch_size, rows[0].device))
 
-    def visible(self, lengths: Sequence[int], batch_size: int, device: torch.device) -> Optional[torch.Tensor]:
+    def visible(self, lengths: Sequence[int], batch_size: int, device: torch.device) -> torch.Tensor | None:
         """Which of the gathered rows are a sample's own, (batch size, largest number of rows); `None` if all are.
 
         Args:

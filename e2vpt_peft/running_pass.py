@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Optional
+from typing import Any
 
 import torch
 
@@ -27,9 +27,9 @@ class RunningPass:
             What is added to the attention that shallow visual prompts are paid, (number of prompts,).
     """
 
-    route: Optional[Route] = None
-    edit_prefix: Optional[Callable[[Any, Prefix, int], Prefix]] = None
-    token_bias: Optional[torch.Tensor] = None
+    route: Route | None = None
+    edit_prefix: Callable[[Any, Prefix, int], Prefix] | None = None
+    token_bias: torch.Tensor | None = None
 
 
 class _ThisThread(threading.local):

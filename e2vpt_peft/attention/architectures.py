@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Optional
+from typing import Literal, NamedTuple
 
 from torch import nn
 
@@ -94,7 +94,7 @@ have no config, by the package that they are from."""
 MODALITIES = ("vision", "audio", "text")
 
 
-def architecture_of(attention: nn.Module) -> Optional[Architecture]:
+def architecture_of(attention: nn.Module) -> Architecture | None:
     """What is known about the architecture that an attention module, adapted or not, belongs to."""
     path = type(getattr(attention, "base_layer", attention)).__module__.split(".")
     package = path[2] if path[:2] == ["transformers", "models"] else path[0]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 import torch.nn.functional as F
 
@@ -17,8 +15,8 @@ SAFE_HEAD_SIZE = 32
 
 
 def avoid_faulty_head_size(
-    query: torch.Tensor, key: torch.Tensor, scaling: Optional[float]
-) -> tuple[torch.Tensor, torch.Tensor, Optional[float]]:
+    query: torch.Tensor, key: torch.Tensor, scaling: float | None
+) -> tuple[torch.Tensor, torch.Tensor, float | None]:
     """Widen queries and keys by zeros where PyTorch's compiled flex attention would be wrong. Scores stay the same.
 
     For AVX2, PyTorch (2.13) multiplies queries and keys in blocks of 16 keys. With heads of 8 or 16, and 8 keys left

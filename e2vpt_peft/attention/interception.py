@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,7 @@ class SdpaMode(TorchFunctionMode):
         self.is_done = False
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Optional[dict[str, Any]] = None
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention or self.is_done:
@@ -84,7 +84,7 @@ class SdpaMode(TorchFunctionMode):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attn_mask: Optional[torch.Tensor] = None,
+        attn_mask: torch.Tensor | None = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
         **kwargs: Any,
@@ -130,16 +130,16 @@ class ProductsMode(TorchFunctionMode):
         self.source = source
         self.attention = attention
         self.normalized: list[torch.Tensor] = []
-        self.own: Optional[torch.Tensor] = None
+        self.own: torch.Tensor | None = None
         """The scores, later probabilities, of the sequence: (batch size, heads, length, length)."""
-        self.prefixed: Optional[torch.Tensor] = None
+        self.prefixed: torch.Tensor | None = None
         """Those of the prefix: (batch size, heads, length, prefix length)."""
-        self.values: Optional[torch.Tensor] = None
-        self.bias: Optional[torch.Tensor] = None
+        self.values: torch.Tensor | None = None
+        self.bias: torch.Tensor | None = None
         self.is_done = False
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Optional[dict[str, Any]] = None
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, name = kwargs or {}, func.__name__.strip("_")
         if self.own is not None and not self.is_done and any(arg is self.own for arg in args):

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -129,7 +129,7 @@ def prefix_attention(
     return attend(source, query, key, value, attention_mask, **kwargs)
 
 
-def eager_attention_of(module: nn.Module) -> Optional[Callable[..., Any]]:
+def eager_attention_of(module: nn.Module) -> Callable[..., Any] | None:
     """The eager attention function that a module passes to the attention interface; `None` if it calls no such."""
     forward = inspect.unwrap(type(module).forward)
     # By the names in its bytecode: the call itself may come after branches that depend on the inputs.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -15,8 +15,8 @@ def extend_mask(
     length: int,
     implementation: str,
     *,
-    visible: Optional[torch.Tensor] = None,
-    bias: Optional[torch.Tensor] = None,
+    visible: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     position: int = 0,
     insert_queries: bool = False,
 ) -> Any:
@@ -81,7 +81,7 @@ def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _extend_block_mask(
     mask: Any,
     count: int,
-    visible: Optional[torch.Tensor],
+    visible: torch.Tensor | None,
     states: torch.Tensor,
     length: int,
     position: int,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Optional, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -23,8 +23,8 @@ class Prefix(NamedTuple):
 
     keys: torch.Tensor
     values: torch.Tensor
-    visible: Optional[torch.Tensor] = None
-    bias: Optional[torch.Tensor] = None
+    visible: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
 
 class PrefixSource(Protocol):

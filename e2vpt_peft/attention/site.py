@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,11 +66,11 @@ class AttentionSite:
     way_in: WayIn
     key_projection: str
     value_projection: str
-    key_norm: Optional[str]
+    key_norm: str | None
     num_heads: int
     head_size: int
     hidden_size: int
-    norm_owner: Optional[nn.Module]
+    norm_owner: nn.Module | None
     norm_name: str
     patch_fan_in: int
     num_special_tokens: int
@@ -78,7 +78,7 @@ class AttentionSite:
     takes_tokens: bool
 
     @property
-    def norm(self) -> Optional[nn.Module]:
+    def norm(self) -> nn.Module | None:
         """The norm in front of the attention, if there is one.
 
         Looked up at every call, because it may be wrapped later, for example by `modules_to_save`.
@@ -127,8 +127,8 @@ class AttentionSite:
 def find_attention_site(
     model: nn.Module,
     name: str,
-    attention_norm: Optional[str] = None,
-    num_special_tokens: Optional[int] = None,
+    attention_norm: str | None = None,
+    num_special_tokens: int | None = None,
 ) -> AttentionSite:
     """Understand the self-attention module `name` of `model`.
 
@@ -183,9 +183,9 @@ def find_attention_site(
     )
 
 
-def _find_way_in(name: str, attention: nn.Module, architecture: Optional[Architecture]) -> WayIn:
+def _find_way_in(name: str, attention: nn.Module, architecture: Architecture | None) -> WayIn:
     eager = eager_attention_of(attention)
-    mode: Optional[type[SdpaMode] | type[ProductsMode]] = None
+    mode: type[SdpaMode] | type[ProductsMode] | None = None
     if eager is None and calls_sdpa(attention) and getattr(attention, "fused_attn", True):  # which is timm's switch
         mode = SdpaMode
     elif eager is None and architecture is not None and architecture.written_out:
@@ -213,13 +213,13 @@ def _find_way_in(name: str, attention: nn.Module, architecture: Optional[Archite
     return ThroughInterface(eager)
 
 
-def _first_attribute(module: nn.Module, names: tuple[str, ...]) -> Optional[str]:
+def _first_attribute(module: nn.Module, names: tuple[str, ...]) -> str | None:
     return next((name for name in names if hasattr(module, name)), None)
 
 
 def _find_norm(
-    model: nn.Module, name: str, attention_norm: Optional[str], architecture: Optional[Architecture]
-) -> tuple[Optional[nn.Module], str]:
+    model: nn.Module, name: str, attention_norm: str | None, architecture: Architecture | None
+) -> tuple[nn.Module | None, str]:
     """The module that has the norm in front of the attention, and the norm's name there."""
     path = name.split(".")
     ancestors = [model.get_submodule(".".join(path[:depth])) for depth in (len(path) - 1, len(path) - 2) if depth >= 0]
@@ -253,7 +253,7 @@ def _find_norm(
     )
 
 
-def _count_tokens(architecture: Optional[Architecture], config: Any) -> tuple[int, int]:
+def _count_tokens(architecture: Architecture | None, config: Any) -> tuple[int, int]:
     """The numbers of tokens in front of the others, and behind them."""
     if architecture is None:
         return 0, 0

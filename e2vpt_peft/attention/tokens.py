@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
-from typing import TYPE_CHECKING, Any, Optional, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ class TokenSource(Protocol):
     def inserted_tokens(self, batch_size: int) -> torch.Tensor:
         """The tokens, (batch size or 1, number, hidden size)."""
 
-    def inserted_visibility(self, batch_size: int) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
+    def inserted_visibility(self, batch_size: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Which of them each sample may see, bool, and what is added to their scores, both (batch size, number)."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import nn
@@ -106,7 +106,7 @@ def check_model(
         _check_tokens_can_be_inserted(model, sites)
 
 
-def check_modules_to_save(model: nn.Module, modules_to_save: Optional[Sequence[str]]) -> None:
+def check_modules_to_save(model: nn.Module, modules_to_save: Sequence[str] | None) -> None:
     """Refuse `modules_to_save` that cannot be trained.
 
     Raises:
@@ -257,7 +257,7 @@ def check_nothing_overwritten(model: nn.Module, adapter_name: str, names: Iterab
         )
 
 
-def _misfit(differences: list[str], base_model: Optional[str] = None) -> str:
+def _misfit(differences: list[str], base_model: str | None = None) -> str:
     backbone = f" ({base_model})" if base_model else ""
     return (
         f"The adapter does not fit this model: it was made for a backbone with {', '.join(differences)}. "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import peft
 import torch
@@ -172,7 +172,7 @@ class CardContent:
         ]
 
 
-def _link(name: Optional[str], folder: str = "") -> str:
+def _link(name: str | None, folder: str = "") -> str:
     if name is None:
         return "a vision transformer"
     return f"[{name}](https://huggingface.co/{folder}{name})" if is_hub_id(name) else f"`{name}`"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 
 @dataclass
@@ -30,17 +30,17 @@ class CardDetails:
         processor_id (`str`, *optional*): Where the image processor is. Defaults to the backbone's.
     """
 
-    adapter_id: Optional[str] = None
-    base_model: Optional[str] = None
-    task: Optional[str] = None
-    dataset: Optional[str] = None
-    dataset_config: Optional[str] = None
-    metrics: Optional[Mapping[str, float]] = None
+    adapter_id: str | None = None
+    base_model: str | None = None
+    task: str | None = None
+    dataset: str | None = None
+    dataset_config: str | None = None
+    metrics: Mapping[str, float] | None = None
     eval_split: str = "validation"
-    pruning: Optional[str] = None
-    arguments: Optional[Mapping[str, Any]] = None
-    license: Optional[str] = None
-    language: Optional[str] = None
-    tags: Optional[list[str]] = None
-    name: Optional[str] = None
-    processor_id: Optional[str] = None
+    pruning: str | None = None
+    arguments: Mapping[str, Any] | None = None
+    license: str | None = None
+    language: str | None = None
+    tags: list[str] | None = None
+    name: str | None = None
+    processor_id: str | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 from peft import PeftModel
 from torch import nn
@@ -23,7 +23,7 @@ TASKS: list[tuple[str, Any]] = [
 """The Hub's names of tasks, with the classes of transformers for them."""
 
 
-def card_adapter(model: nn.Module, name: Optional[str] = None) -> PromptedAdapter:
+def card_adapter(model: nn.Module, name: str | None = None) -> PromptedAdapter:
     """The adapter that a card is about.
 
     Args:
@@ -44,14 +44,14 @@ def count_all_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def find_base_model(adapter: PromptedAdapter) -> Optional[str]:
+def find_base_model(adapter: PromptedAdapter) -> str | None:
     """Where the backbone was loaded from."""
     if adapter.config.base_model_name_or_path:
         return adapter.config.base_model_name_or_path
     return (adapter.backbone.name_or_path or None) if isinstance(adapter.backbone, PreTrainedModel) else None
 
 
-def find_task(backbone: nn.Module) -> Optional[str]:
+def find_task(backbone: nn.Module) -> str | None:
     """The Hub's name of the task that a model is for, by its class."""
     name = type(backbone).__name__
     return next((task for task, classes in TASKS if name in classes.values()), None)

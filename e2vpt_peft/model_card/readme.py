@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import Any, Optional, TypeGuard
+from typing import Any, TypeGuard
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
@@ -36,7 +36,7 @@ TRANSFORMERS_DESCRIPTION = (
 OWN_METADATA = ("base_model", "datasets", "library_name", "model-index", "pipeline_tag", "tags")
 
 
-def update_readme(existing: Optional[str], section: str, metadata: ModelCardData) -> Optional[str]:
+def update_readme(existing: str | None, section: str, metadata: ModelCardData) -> str | None:
     """The new content of a README.md.
 
     Args:
@@ -63,7 +63,7 @@ def update_readme(existing: Optional[str], section: str, metadata: ModelCardData
     return _render(joined, text[: found.start()] + enclosed + (text[found.end() :] or "\n"))
 
 
-def has_persons_words(existing: Optional[str]) -> bool:
+def has_persons_words(existing: str | None) -> bool:
     """Whether a person wrote or changed any part of a README.md."""
     existing = (existing or "").replace("\r\n", "\n")
     text = REGEX_YAML_BLOCK.sub("", existing)
@@ -73,7 +73,7 @@ def has_persons_words(existing: Optional[str]) -> bool:
     return found[2] != _checksum(ModelCard(existing).data.to_yaml())
 
 
-def is_hub_id(name: Optional[str]) -> TypeGuard[str]:
+def is_hub_id(name: str | None) -> TypeGuard[str]:
     """Whether a name can be that of a repository on the Hub, and is no local path."""
     if name is None or Path(name).exists():
         return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Optional
 
 from transformers import PreTrainedModel
 
@@ -25,9 +24,9 @@ MOST_LABELS = 20
 def usage(
     adapter: PromptedAdapter,
     adapter_id: str,
-    base_model: Optional[str],
-    processor_id: Optional[str],
-    task: Optional[str],
+    base_model: str | None,
+    processor_id: str | None,
+    task: str | None,
 ) -> str:
     """Python code that loads backbone and adapter, and classifies an image if that is the task."""
     backbone = adapter.backbone
@@ -59,7 +58,7 @@ def usage(
     return "\n".join(lines) + "\n"
 
 
-def _backbone_options(adapter: PromptedAdapter, task: Optional[str]) -> list[str]:
+def _backbone_options(adapter: PromptedAdapter, task: str | None) -> list[str]:
     backbone = adapter.backbone
     options = [f"revision={_text(adapter.config.revision)}"] if adapter.config.revision else []
     if isinstance(backbone, PreTrainedModel) and task in TASKS_WITH_LABELS and adapter.trained_modules:

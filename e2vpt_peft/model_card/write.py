@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
@@ -22,9 +22,7 @@ README = "README.md"
 PROCESSOR = "preprocessor_config.json"
 
 
-def write_model_card(
-    model: nn.Module, folder: str | Path, *, adapter_name: Optional[str] = None, **details: Any
-) -> None:
+def write_model_card(model: nn.Module, folder: str | Path, *, adapter_name: str | None = None, **details: Any) -> None:
     """Write the model card of an adapter into the folder that `save_pretrained` has saved it to.
 
     A `README.md` that a person wrote, or whose generated part somebody has changed, stays as it is.
@@ -60,11 +58,11 @@ def push_model_card(
     model: nn.Module,
     repo_id: str,
     *,
-    token: Optional[str | bool] = None,
-    revision: Optional[str] = None,
-    adapter_name: Optional[str] = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    adapter_name: str | None = None,
     **details: Any,
-) -> Optional[CommitInfo]:
+) -> CommitInfo | None:
     """Write the model card of an adapter into the repository that `push_to_hub` has pushed it to.
 
     A card that a person wrote there, or whose generated part somebody has changed, stays as it is.
@@ -108,21 +106,19 @@ def push_model_card(
 
 
 def model_card(
-    model: nn.Module, existing: Optional[str] = None, *, adapter_name: Optional[str] = None, **details: Any
-) -> Optional[str]:
+    model: nn.Module, existing: str | None = None, *, adapter_name: str | None = None, **details: Any
+) -> str | None:
     """The README.md of an adapter, in place of an existing one; `None` if that one must stay."""
     content = CardContent(card_adapter(model, adapter_name), CardDetails(**details))
     return update_readme(existing, content.text(), content.metadata())
 
 
-def read_card(path: Path) -> Optional[str]:
+def read_card(path: Path) -> str | None:
     """A model card in a folder, if there is one."""
     return path.read_bytes().decode() if path.exists() else None
 
 
-def download_card(
-    repo_id: str, *, token: Optional[str | bool] = None, revision: Optional[str] = None
-) -> Optional[str]:
+def download_card(repo_id: str, *, token: str | bool | None = None, revision: str | None = None) -> str | None:
     """The model card of a branch of a repository, if there is one."""
     with tempfile.TemporaryDirectory() as folder:  # not from a cache, which may be older
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 from .figure import new_figure
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def plot_candidates(results: Union[dict[str, Any], str, PathLike[str]]) -> Figure:
+def plot_candidates(results: dict[str, Any] | str | PathLike[str]) -> Figure:
     """The metric of every candidate against its parameters.
 
     Args:

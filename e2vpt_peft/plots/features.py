@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Optional
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ def plot_features(
     features: Mapping[str, Any],
     labels: Any,
     method: Literal["pca", "tsne"] = "pca",
-    label_names: Optional[Sequence[str]] = None,
+    label_names: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Figure:
     """Features of the same samples from several models, each projected to two dimensions, coloured by class.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def plot_importance(model: nn.Module, scores: PromptScores, adapter_name: Optional[str] = None) -> Figure:
+def plot_importance(model: nn.Module, scores: PromptScores, adapter_name: str | None = None) -> Figure:
     """Scores of tokens and of segments by layer, and below them, in black, those that are pruned.
 
     Make the scores before pruning and the picture after it, to see what went; or score a pruned adapter, whose pruned

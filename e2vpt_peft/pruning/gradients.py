@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 
 SCALES = (2.0**15, 2.0**10, 2.0**5, 1.0)
@@ -11,7 +9,7 @@ SCALES = (2.0**15, 2.0**10, 2.0**5, 1.0)
 
 
 def gradients_of(
-    values: torch.Tensor, inputs: list[torch.Tensor], weights: Optional[torch.Tensor] = None
+    values: torch.Tensor, inputs: list[torch.Tensor], weights: torch.Tensor | None = None
 ) -> list[torch.Tensor]:
     """The gradients of a weighted sum of values, in float64. They can be asked for again.
 

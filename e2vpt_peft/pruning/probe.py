@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ class Probe:
         parameters = [layer.e2vpt_visual_prompts[adapter.name] for layer in self.layers]
         self._names = [names[id(parameter)] for parameter in parameters]
 
-    def output(self, prompts: Optional[Prompts] = None) -> Any:
+    def output(self, prompts: Prompts | None = None) -> Any:
         """What the model returns, with other visual prompts in each layer if given.
 
         They take the place of the parameters, in their dense form and in any number.
@@ -53,7 +53,7 @@ class Probe:
         replaced = dict(zip(self._names, self.prompts if prompts is None else prompts))
         return functional_call(self.model, replaced, args=(), kwargs=dict(self.batch))
 
-    def loss(self, prompts: Optional[Prompts] = None) -> torch.Tensor:
+    def loss(self, prompts: Prompts | None = None) -> torch.Tensor:
         """The loss, with other visual prompts in each layer if given."""
         return self.loss_in(self.output(prompts))
 
@@ -72,7 +72,7 @@ class Probe:
         return loss
 
     @torch.no_grad()
-    def value(self, prompts: Optional[Prompts] = None) -> torch.Tensor:
+    def value(self, prompts: Prompts | None = None) -> torch.Tensor:
         """The loss as a number, float64, ()."""
         return self.loss(prompts).double().cpu()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional, Union
 
 import torch
 from torch import nn
@@ -19,7 +18,7 @@ MINIMUM_TOKENS = 1
 MINIMUM_SEGMENT_SHARE = 1 / 4
 """At least 1 visual prompt and 4 of 16 segments stay unless told otherwise, as in the published code."""
 
-Mask = Union[torch.Tensor, Sequence[bool], Sequence[Sequence[bool]]]
+Mask = torch.Tensor | Sequence[bool] | Sequence[Sequence[bool]]
 
 
 @dataclass(frozen=True)
@@ -65,17 +64,17 @@ class PruningSummary:
 
 def prune_prompts(
     model: nn.Module,
-    scores: Optional[PromptScores] = None,
-    token_rate: Optional[float] = None,
-    segment_rate: Optional[float] = None,
+    scores: PromptScores | None = None,
+    token_rate: float | None = None,
+    segment_rate: float | None = None,
     *,
-    token_count: Optional[int] = None,
-    segment_count: Optional[int] = None,
-    token_mask: Optional[Mask] = None,
-    segment_mask: Optional[Mask] = None,
+    token_count: int | None = None,
+    segment_count: int | None = None,
+    token_mask: Mask | None = None,
+    segment_mask: Mask | None = None,
     min_tokens: int = MINIMUM_TOKENS,
-    min_segments: Optional[int] = None,
-    adapter_name: Optional[str] = None,
+    min_segments: int | None = None,
+    adapter_name: str | None = None,
 ) -> PruningSummary:
     """Remove the visual prompts, and the segments of those left, that have the lowest scores.
 
@@ -140,10 +139,10 @@ def least_segments(num_segments: int) -> int:
 def _choose(
     what: str,
     present: torch.Tensor,
-    scores: Optional[torch.Tensor],
-    rate: Optional[float],
-    count: Optional[int],
-    mask: Optional[Mask],
+    scores: torch.Tensor | None,
+    rate: float | None,
+    count: int | None,
+    mask: Mask | None,
     minimum: int,
 ) -> torch.Tensor:
     """Which of the `present` to keep, a bool tensor of their shape; ranks are within the last dimension."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Optional
+from typing import Literal
 
 from torch import nn
 
@@ -16,7 +16,7 @@ def rewind_prompts(
     *,
     init: Literal["saved", "fresh"] = "saved",
     undo_pruning: bool = False,
-    adapter_name: Optional[str] = None,
+    adapter_name: str | None = None,
 ) -> None:
     """Put what is left of an adapter, and the `modules_to_save` trained with it, back to the start, to train again.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -40,8 +40,8 @@ def score_prompts(
     dataloader: Iterable[Any],
     method: str = "removal",
     *,
-    adapter_name: Optional[str] = None,
-    max_batches: Optional[int] = None,
+    adapter_name: str | None = None,
+    max_batches: int | None = None,
     progress_bar: bool = True,
 ) -> PromptScores:
     """Score each visual prompt, and each segment of it, by what the loss on some data says about it.
@@ -98,8 +98,8 @@ def score_prompts_by_layer(
     model: nn.Module,
     dataloader: Iterable[Any],
     *,
-    adapter_name: Optional[str] = None,
-    max_batches: Optional[int] = None,
+    adapter_name: str | None = None,
+    max_batches: int | None = None,
     progress_bar: bool = True,
 ) -> PromptScores:
     """Score each visual prompt, and each segment of it, in each layer by itself: to look at, not to prune by.
@@ -139,7 +139,7 @@ def score_prompts_by_layer(
     return PromptScores(*scoring.mean(dataloader, max_batches, progress_bar), "removal_by_layer")
 
 
-def _find_scorable(model: nn.Module, adapter_name: Optional[str]) -> PromptedAdapter:
+def _find_scorable(model: nn.Module, adapter_name: str | None) -> PromptedAdapter:
     refuse_shards(model)
     adapter = PromptedAdapter.find(model, adapter_name)
     adapter.require_visual_prompts()
@@ -162,7 +162,7 @@ class _Scoring:
     shape: tuple[int, ...]
     description: str
 
-    def mean(self, dataloader: Iterable[Any], max_batches: Optional[int], progress_bar: bool) -> TokensAndSegments:
+    def mean(self, dataloader: Iterable[Any], max_batches: int | None, progress_bar: bool) -> TokensAndSegments:
         """The mean of the scores over the batches of all processes."""
         num_tokens = math.prod(self.shape[:-1])
         total = torch.zeros(num_tokens + math.prod(self.shape) + 1, dtype=torch.float64)  # and the number of batches

@@ -31,7 +31,7 @@ between `p` and `p_s`, times the step, for all prompts at once and one segment a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +98,7 @@ class _LinearModel:
     steps: list[torch.Tensor]
     by_layer: bool
 
-    def changes(self, values: torch.Tensor, samples: int, weights: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def changes(self, values: torch.Tensor, samples: int, weights: torch.Tensor | None = None) -> torch.Tensor:
         """The change of a weighted sum of outputs without each segment, sample by sample.
 
         A sample's outputs depend on its own rows only, so that one backward pass of the sum over samples gives the

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Optional
 
 from ..adapter import PromptedAdapter
 from ..masks import PromptMasks
@@ -40,10 +39,10 @@ class Candidate:
     parameters: int
     """Of the prompts, without the head."""
     rates: list[tuple[float, float]] = field(default_factory=list)
-    metric: Optional[float] = None
+    metric: float | None = None
     epochs: float = 0.0
     """Spent on it in all rounds."""
-    phase: Optional[str] = None
+    phase: str | None = None
     """The last one in which it was trained."""
 
     def add(self, phase: str, outcome: Outcome) -> None:
@@ -124,7 +123,7 @@ def choose(
     return ranked(good, greater_is_better)[0] if good else reference
 
 
-def _goodness(metric: Optional[float], greater_is_better: bool) -> float:
+def _goodness(metric: float | None, greater_is_better: bool) -> float:
     if metric is None or math.isnan(metric):
         return -math.inf
     return metric if greater_is_better else -metric

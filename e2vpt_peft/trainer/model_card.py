@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 from huggingface_hub import CommitInfo
 from torch import nn
@@ -38,19 +38,19 @@ class ModelCardTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._given_details: dict[str, Any] = {}
-        self._push_target: Optional[dict[str, Any]] = None
+        self._push_target: dict[str, Any] | None = None
 
     def create_model_card(
         self,
-        language: Optional[str] = None,
-        license: Optional[str] = None,
-        tags: Optional[Union[str, list[str]]] = None,
-        model_name: Optional[str] = None,
-        finetuned_from: Optional[str] = None,
-        tasks: Optional[Union[str, list[str]]] = None,
-        dataset_tags: Optional[Union[str, list[str]]] = None,
-        dataset: Optional[Union[str, list[str]]] = None,
-        dataset_args: Optional[Union[str, list[str]]] = None,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
         **details: Any,
     ) -> None:
         """Write the model card into the output directory. Cards that are written later keep what is given here.
@@ -87,11 +87,11 @@ class ModelCardTrainer(Trainer):
 
     def push_to_hub(
         self,
-        commit_message: Optional[str] = "End of training",
+        commit_message: str | None = "End of training",
         blocking: bool = True,
-        token: Optional[str] = None,
-        revision: Optional[str] = None,
-        private: Optional[bool] = None,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
         **kwargs: Any,
     ) -> CommitInfo:
         """As [`~transformers.Trainer.push_to_hub`]; further arguments go to [`create_model_card`]."""
@@ -111,7 +111,7 @@ class ModelCardTrainer(Trainer):
             self._push_target = None
         super()._push_from_checkpoint(checkpoint_folder)
 
-    def _save(self, output_dir: Optional[str] = None, state_dict: Optional[dict[str, Any]] = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
         path = folder / README
         before = path.read_bytes() if path.exists() else None
@@ -158,7 +158,7 @@ class ModelCardTrainer(Trainer):
         while_training = [entry for entry in history[:end] if entry.get("step") == step]
         return results_in(while_training + (history[end:] if end is not None else []))
 
-    def _card_pruning(self) -> Optional[str]:
+    def _card_pruning(self) -> str | None:
         """How it was found out which prompts to prune."""
         return None
 
@@ -172,7 +172,7 @@ def results_in(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {key: value for entry in entries for key, value in entry.items() if key.startswith(("eval_", "test_"))}
 
 
-def _hub_dataset(dataset: Any) -> tuple[Optional[str], Optional[str]]:
+def _hub_dataset(dataset: Any) -> tuple[str | None, str | None]:
     """The Hub id and the configuration of a data set of the `datasets` library, if it was downloaded from there."""
     info = getattr(dataset, "info", None)  # other data sets have none
     for url in getattr(info, "download_checksums", None) or {}:
@@ -181,5 +181,5 @@ def _hub_dataset(dataset: Any) -> tuple[Optional[str], Optional[str]]:
     return None, None
 
 
-def _first(names: Optional[Union[str, list[str]]]) -> Optional[str]:
+def _first(names: str | list[str] | None) -> str | None:
     return names[0] if isinstance(names, list) and names else names or None  # type: ignore[return-value]

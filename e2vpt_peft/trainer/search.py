@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, Optional
+from typing import Literal
 
 from tqdm.auto import tqdm
 from transformers import set_seed
@@ -58,7 +58,7 @@ class Start:
     adapter: PromptedAdapter
     initial: InitialValues
     snapshot: AdapterSnapshot
-    fresh_seed: Optional[int]
+    fresh_seed: int | None
 
     def restore(self) -> None:
         """Make the adapter what it was before the search."""

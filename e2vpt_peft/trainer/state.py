@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Optional, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
@@ -149,10 +149,10 @@ class SearchState:
     def phase_folder(self, phase: str) -> Path:
         return self.folder / phase
 
-    def last_checkpoint(self, phase: str) -> Optional[str]:
+    def last_checkpoint(self, phase: str) -> str | None:
         """The last whole checkpoint that Trainer has saved of an unfinished phase; removes half-written ones."""
 
-        def find() -> Optional[str]:
+        def find() -> str | None:
             checkpoints = self._checkpoints(phase)
             while checkpoints and not _is_whole(checkpoints[-1]):
                 shutil.rmtree(checkpoints.pop())

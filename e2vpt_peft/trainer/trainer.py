@@ -9,7 +9,7 @@ import math
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -54,7 +54,7 @@ class _Run:
     adapter: PromptedAdapter
     metric: Metric
     state: SearchState
-    ignore_keys: Optional[list[str]]
+    ignore_keys: list[str] | None
     counters: list[tuple[Any, dict[str, Any]]]
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
@@ -102,8 +102,8 @@ class E2VPTTrainer(ModelCardTrainer):
     def __init__(
         self,
         *args: Any,
-        pruning_config: Optional[PruningArguments] = None,
-        final_train_dataset: Optional[Dataset[Any]] = None,
+        pruning_config: PruningArguments | None = None,
+        final_train_dataset: Dataset[Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -113,9 +113,9 @@ class E2VPTTrainer(ModelCardTrainer):
 
     def train(
         self,
-        resume_from_checkpoint: Optional[str | bool] = None,
+        resume_from_checkpoint: str | bool | None = None,
         trial: Any = None,
-        ignore_keys_for_eval: Optional[list[str]] = None,
+        ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
         """Run the whole search.
 
@@ -276,7 +276,7 @@ class E2VPTTrainer(ModelCardTrainer):
                 f"({self.state.global_step}): try a lower learning rate, or gradient clipping (max_grad_norm)."
             )
 
-    def _save(self, output_dir: Optional[str] = None, state_dict: Optional[dict[str, Any]] = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
             super()._save(output_dir, state_dict)
             return
@@ -296,7 +296,7 @@ class E2VPTTrainer(ModelCardTrainer):
         # final training has replaced.
         return results_in(history[done[-1] + (self.final_train_dataset is not None) :])
 
-    def _card_pruning(self) -> Optional[str]:
+    def _card_pruning(self) -> str | None:
         history: list[Any] = self.state.log_history
         messages = [entry["message"] for entry in history if entry.get("phase") == "done"]
         return card_paragraph(self.pruning_config, messages[-1]) if messages else None

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any, Optional
+from typing import Any
 
 import peft
 import torch
@@ -82,13 +82,13 @@ class Row:
     subject: str
     rival: str
     prompts: str
-    dropout: Optional[float]
+    dropout: float | None
     batch_size: int
     ratio: float
     low: float
     high: float
     rounds: int
-    wanted: Optional[str] = None
+    wanted: str | None = None
 
 
 # --- the rivals -----------------------------------------------------------------------------------
@@ -394,7 +394,7 @@ def is_vit_b_on_cpu(options: argparse.Namespace) -> bool:
     return torch.device(options.device).type == "cpu" and sizes == (768, 12, 12, 16, 224)
 
 
-def at_most(limit: Optional[float]) -> Optional[str]:
+def at_most(limit: float | None) -> str | None:
     return None if limit is None else f"≤ {limit:.2f}"
 
 
@@ -491,7 +491,7 @@ def _pair(text: str) -> tuple[int, int]:
     return visual, kv
 
 
-def main(command: Optional[Sequence[str]] = None) -> list[Row]:
+def main(command: Sequence[str] | None = None) -> list[Row]:
     """Measure, print the table, and return its rows."""
     command = sys.argv[1:] if command is None else command
     options = parse(command)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import ModelCard
@@ -23,7 +23,7 @@ class Request(NamedTuple):
     method: str
     path: str
     query: dict[str, str]
-    user: Optional[str]
+    user: str | None
     body: bytes
     host: str
 
@@ -231,7 +231,7 @@ def resolve(storage: Storage, request: Request, name: str, revision: str, path: 
     return Answer(b"", {**headers, **where, **linked}, 302)
 
 
-def user_of(authorization: Optional[str]) -> Optional[str]:
+def user_of(authorization: str | None) -> str | None:
     """Whose token a request has; a wrong one is refused as the Hub refuses it."""
     if not authorization:
         return None

@@ -12,7 +12,7 @@ import socket
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Optional
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from .api import Answer, Request, respond, user_of
@@ -27,7 +27,7 @@ class HubServer(ThreadingHTTPServer):
         self.storage = Storage()
         self.requests: list[str] = []
         """Method and path of all requests."""
-        self.drop: Optional[Callable[[str], bool]] = None
+        self.drop: Callable[[str], bool] | None = None
         """If set, connections are cut in the middle of the requests, as given in `requests`, for which it is true."""
 
     @property

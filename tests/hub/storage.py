@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import threading
 from dataclasses import dataclass, field
-from typing import Optional
 
 USERS = {"hf_ann": "ann", "hf_bob": "bob", "hf_google": "google"}
 """Access tokens and whose they are."""
@@ -26,7 +25,7 @@ class StoredFile:
 
     size: int
     oid: str
-    content: Optional[bytes] = None
+    content: bytes | None = None
 
     @property
     def is_lfs(self) -> bool:
@@ -38,7 +37,7 @@ class Commit:
     oid: str
     message: str
     files: dict[str, StoredFile]
-    parent: Optional[str] = None
+    parent: str | None = None
 
 
 @dataclass
@@ -84,7 +83,7 @@ class Storage:
         self.large_files: dict[str, bytes] = {}
         self.lock = threading.RLock()
 
-    def create(self, name: str, private: bool, user: Optional[str]) -> Repository:
+    def create(self, name: str, private: bool, user: str | None) -> Repository:
         if user is None:
             raise Refusal(401, "Invalid username or password.")
         owner, _, short = name.rpartition("/")
@@ -96,14 +95,14 @@ class Storage:
         self.repositories[name] = Repository(name, private)
         return self.repositories[name]
 
-    def readable(self, name: str, user: Optional[str]) -> Repository:
+    def readable(self, name: str, user: str | None) -> Repository:
         repository = self.repositories.get(name)
         if repository is None or (repository.private and user != repository.owner):
             # As the Hub does it, nobody can tell a private repository from none.
             raise Refusal(401 if user is None else 404, "Repository not found", "RepoNotFound")
         return repository
 
-    def writable(self, name: str, user: Optional[str]) -> Repository:
+    def writable(self, name: str, user: str | None) -> Repository:
         repository = self.readable(name, user)
         if user is None:
             raise Refusal(401, "Invalid username or password.")

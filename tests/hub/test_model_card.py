@@ -9,7 +9,7 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 import torch
@@ -151,7 +151,7 @@ class FromHub(Dataset):
         return TRAIN[index]
 
 
-def train_and_push(kind: type[Trainer], folder: Path, repo: str, readme: Optional[str] = None, **options: Any) -> Any:
+def train_and_push(kind: type[Trainer], folder: Path, repo: str, readme: str | None = None, **options: Any) -> Any:
     """Push what a Trainer has trained, after another hand has written a card into the repository if one is given."""
     settings = {"num_train_epochs": 1, "eval_strategy": "epoch", "save_strategy": "epoch", **options}
     args = arguments(folder, push_to_hub=True, hub_model_id=repo, hub_token="hf_ann", **settings)

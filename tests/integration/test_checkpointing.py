@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def adapted(model: PreTrainedModel, visual_prompt_depth: str, dropout: float = 0
     return get_peft_model(model, config).train()
 
 
-def gradients(model: PeftModel) -> dict[str, Optional[torch.Tensor]]:
+def gradients(model: PeftModel) -> dict[str, torch.Tensor | None]:
     model.zero_grad()
     torch.manual_seed(1)
     model(pixel_values=images(), labels=torch.tensor([0, 1, 2])).loss.backward()
@@ -130,7 +130,7 @@ def test_disabling_it_again() -> None:
 
 @DEPTHS
 @pytest.mark.parametrize("arguments", [None, {"use_reentrant": True}, {"use_reentrant": False}])
-def test_trainer(arguments: Optional[dict[str, Any]], visual_prompt_depth: str, tmp_path: Path) -> None:
+def test_trainer(arguments: dict[str, Any] | None, visual_prompt_depth: str, tmp_path: Path) -> None:
     samples = [{"pixel_values": image, "labels": index % 5} for index, image in enumerate(images(6))]
 
     def train(gradient_checkpointing: bool) -> dict[str, torch.Tensor]:

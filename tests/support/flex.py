@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Optional
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ def states(length: int, head_size: int) -> torch.Tensor:
 
 
 @torch.no_grad()  # of which flex attention has none on a CPU
-def fault_of_torch(head_size: int) -> Optional[str]:
+def fault_of_torch(head_size: int) -> str | None:
     """What is wrong with PyTorch's compiled flex attention for heads of this size, or `None` if nothing is seen."""
     torch._dynamo.reset()  # may have been compiled for other settings
     try:
@@ -43,7 +42,7 @@ def fault_of_torch(head_size: int) -> Optional[str]:
 
 
 @functools.cache
-def fault_on_this_cpu() -> Optional[str]:
+def fault_on_this_cpu() -> str | None:
     # A size that the package never changes: where only small heads are wrong, the package has to avoid it.
     return fault_of_torch(32)
 

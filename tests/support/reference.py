@@ -6,7 +6,6 @@ Nothing of the package is used here, and of transformers only the modules that h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +21,9 @@ class Prompts:
         keys, values: (L, H, prompts, d) each, or `None`.
     """
 
-    visual: Optional[torch.Tensor] = None
-    keys: Optional[torch.Tensor] = None
-    values: Optional[torch.Tensor] = None
+    visual: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
 
 
 @dataclass
@@ -49,7 +48,7 @@ def token_insertion(
     model: nn.Module,
     pixel_values: torch.Tensor,
     prompts: Prompts,
-    key_mask: Optional[torch.Tensor] = None,
+    key_mask: torch.Tensor | None = None,
     interpolate_pos_encoding: bool = False,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """A classifier with prompts as tokens (VPT, eqs. 4 to 9) and as rows of keys and values (E²VPT, eq. 5).
