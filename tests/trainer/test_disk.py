@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 
-from e2vpt_peft.utils.files import SAVING, whole_files, write_atomically
-
+from ..support.disk import contents, full_disk
 from ..support.models import tiny_vit
 from .test_trainer import Trainings, same, snapshot
 from .toy import make_trainer, pruning
 
 SMALL = pruning(token_rates=[0.5], segment_rates=[0.5])
-
-
-@contextmanager
-def full_disk(size):
-    """No file of this process can become larger, which fails in the middle of a write as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture
@@ -46,37 +32,6 @@ def read_only():
         os.seteuid(0)
     folder.chmod(0o755)
     shutil.rmtree(folder)
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize("size", [0, 1, 500])
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, size):
-    write_atomically(tmp_path / "file", b"old")
-    with full_disk(size), pytest.raises(OSError):
-        write_atomically(tmp_path / "file", b"new" * 1000)
-    assert contents(tmp_path) == {Path("file"): b"old"}
-
-
-def test_files_appear_together_and_see_the_known_ones(tmp_path):
-    (tmp_path / "README.md").write_text("old")
-    with whole_files(tmp_path, ["README.md", "absent"]) as folder:
-        assert contents(folder) == {Path("README.md"): b"old"}
-        (folder / "README.md").write_text("new")
-        (folder / "sub").mkdir()
-        (folder / "sub" / "file").write_text("new")
-        assert contents(tmp_path)[Path("README.md")] == b"old"
-    assert contents(tmp_path) == {Path("README.md"): b"new", Path("sub/file"): b"new"}
-
-
-def test_what_a_killed_process_has_left_is_removed(tmp_path):
-    (tmp_path / SAVING / "sub").mkdir(parents=True)
-    (tmp_path / SAVING / "half").write_text("ha")
-    with whole_files(tmp_path) as folder:
-        (folder / "file").touch()
-    assert contents(tmp_path) == {Path("file"): b""}
 
 
 @pytest.mark.parametrize("size", [0, 300, 1500, 5000])

@@ -420,26 +420,10 @@ def test_a_checkpoint_folder_is_nothing_to_resume_from(tmp_path):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
-def test_the_plot_shows_every_candidate(run, tmp_path):
+def test_the_table_is_plotted(run):
     pytest.importorskip("matplotlib")
-    from e2vpt_peft.plots import plot_candidates
-
     _, _, _, folder = run
     assert (folder / "pruning_results.png").stat().st_size > 1000
-    axes = plot_candidates(folder / "pruning_results.json").axes[0]
-    points = {line.get_label(): len(line.get_xdata()) for line in axes.lines}
-    assert points == {"pruned, rewound, retrained": 4, "unpruned": 1, "kept": 1}
-    assert axes.get_ylabel() == "eval_loss"
-
-
-def test_the_plot_says_what_it_needs(monkeypatch):
-    import sys
-
-    from e2vpt_peft.plots import plot_candidates
-
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"e2vpt-peft\[plots\]"):
-        plot_candidates({})
 
 
 def test_accuracy_is_a_metric_like_any(tmp_path):
