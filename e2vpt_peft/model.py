@@ -100,7 +100,7 @@ class E2VPTModel(BaseTuner):
         names = [name for name, _ in model.named_modules() if name and ".base_layer" not in name]
         targets = [name for name in names if self._is_target(peft_config, name)]
         sites = {name: self._find_site(model, name, peft_config) for name in targets}
-        check_model(peft_config, model, sites, self._is_target)
+        peft_config.backbone = check_model(peft_config, model, sites, self._is_target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put an adapter into the model, as [`~peft.tuners.tuners_utils.BaseTuner.inject_adapter`]."""

@@ -80,8 +80,8 @@ def check_model(
     model: nn.Module,
     sites: Mapping[str, AttentionSite],
     is_target: Callable[[E2VPTConfig, str], bool],
-) -> None:
-    """Refuse an adapter that a model cannot take, and note in its configuration for which backbone it is made.
+) -> dict[str, Any] | None:
+    """Refuse an adapter that a model cannot take.
 
     Args:
         config ([`E2VPTConfig`]): The adapter's configuration.
@@ -89,9 +89,13 @@ def check_model(
         sites (`Mapping[str, AttentionSite]`): The self-attention modules to adapt, by their names.
         is_target (`Callable`): Whether a configuration adapts the module of that name.
 
+    Returns:
+        `dict`: The sizes of the backbone, for the configuration to remember, see [`describe_backbone`].
+
     Raises:
         ValueError: It cannot. Nothing has been changed.
     """
+    backbone = config.backbone
     check_modules_to_save(model, config.modules_to_save)
     names = [name for name, _ in model.named_modules() if name and ".base_layer" not in name]
     in_any_layer = replace(config, layers_to_transform=None, layers_pattern=None)
@@ -99,11 +103,11 @@ def check_model(
     if num_layers:  # otherwise PEFT complains about the targets
         backbone = describe_backbone(list(sites.values()), num_layers)
         check_backbone_sizes(config, backbone)
-        config.backbone = backbone
     _check_segments(config, sites)
     _check_layers_to_transform(config, names, is_target)
     if config.visual_prompt_depth == "shallow" and config.num_visual_prompts:
         _check_tokens_can_be_inserted(model, sites)
+    return backbone
 
 
 def check_modules_to_save(model: nn.Module, modules_to_save: Sequence[str] | None) -> None:
