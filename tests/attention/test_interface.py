@@ -166,7 +166,7 @@ def test_a_copy_of_a_model_has_prompts_and_a_config_of_its_own(copy_of, depth):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @torch.no_grad()
 def test_a_causal_text_tower_sees_its_prompts_and_no_later_word(attention):
-    config = ZOO["clip_vision_model"].config
+    config = copy.deepcopy(ZOO["clip_vision_model"].config)
     config._attn_implementation = attention
     model = randomized(t.CLIPTextModel._from_config(config.text_config, attn_implementation=attention))
     reference = randomized(t.CLIPTextModel._from_config(config.text_config, attn_implementation=attention))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -92,8 +93,9 @@ class Case(NamedTuple):
     inputs: Callable[[int], Inputs] = pixels
 
     def make(self, seed: int = 0, attention: str = "sdpa") -> PreTrainedModel:
-        self.config._attn_implementation = attention
-        return randomized(self.model._from_config(self.config, attn_implementation=attention), seed)
+        config = copy.deepcopy(self.config)  # which the model keeps, and tests change
+        config._attn_implementation = attention
+        return randomized(self.model._from_config(config, attn_implementation=attention), seed)
 
 
 def labelled(config: type, **fields: Any) -> Any:
