@@ -25,11 +25,11 @@ class ThroughTorchFunctions(WayIn):
     """The way in for attention that calls no attention interface.
 
     Args:
-        mode (`type`): How the prefix is put in, [`SdpaMode`] or [`ProductsMode`].
+        mode (`type[PrefixMode]`): How the prefix is put in.
         attention (`str`): What errors call the attention, the name of its class.
     """
 
-    def __init__(self, mode: type[SdpaMode] | type[ProductsMode], attention: str) -> None:
+    def __init__(self, mode: type[PrefixMode], attention: str) -> None:
         self.mode = mode
         self.attention = attention
 
@@ -46,21 +46,28 @@ def calls_sdpa(module: nn.Module) -> bool:
     return "scaled_dot_product_attention" in forward.__code__.co_names
 
 
-class SdpaMode(TorchFunctionMode):
-    """Puts a prefix into the call of `scaled_dot_product_attention` that an attention makes.
+class PrefixMode(TorchFunctionMode):
+    """Puts a prefix into the torch functions that an attention calls.
 
     Args:
         source (`PrefixSource`): What gives the prefix.
         attention (`str`): What errors call the attention.
     """
 
-    implementation = "sdpa"
+    implementation: str
+    """What transformers calls an attention that does the same."""
 
     def __init__(self, source: PrefixSource, attention: str) -> None:
         super().__init__()
         self.source = source
         self.attention = attention
         self.is_done = False
+
+
+class SdpaMode(PrefixMode):
+    """Puts a prefix into the call of `scaled_dot_product_attention` that an attention makes."""
+
+    implementation = "sdpa"
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -111,24 +118,18 @@ ADDING = {"add", "iadd", "masked_fill"}
 RESHAPING = {"view", "reshape", "contiguous", "float", "to", "type_as"}
 
 
-class ProductsMode(TorchFunctionMode):
+class ProductsMode(PrefixMode):
     """Puts a prefix into attention that is written out: `softmax(q k^T ...) v`.
 
     The scores of the prefix are kept beside those of the sequence: both are scaled alike, only the latter have a
     position bias or a mask, one softmax is over both, and the second product is the sum of both parts. Keys that are
     normalised before the first product (cosine attention) are so in the prefix, too.
-
-    Args:
-        source (`PrefixSource`): What gives the prefix.
-        attention (`str`): What errors call the attention.
     """
 
     implementation = "eager"
 
     def __init__(self, source: PrefixSource, attention: str) -> None:
-        super().__init__()
-        self.source = source
-        self.attention = attention
+        super().__init__(source, attention)
         self.normalized: list[torch.Tensor] = []
         self.own: torch.Tensor | None = None
         """The scores, later probabilities, of the sequence: (batch size, heads, length, length)."""
@@ -136,7 +137,6 @@ class ProductsMode(TorchFunctionMode):
         """Those of the prefix: (batch size, heads, length, prefix length)."""
         self.values: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
-        self.is_done = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .architectures import Architecture, architecture_of
-from .interception import ProductsMode, SdpaMode, ThroughTorchFunctions, calls_sdpa
+from .interception import PrefixMode, ProductsMode, SdpaMode, ThroughTorchFunctions, calls_sdpa
 from .interface import ThroughInterface, eager_attention_of
 from .prefix import WayIn
 
@@ -185,7 +185,7 @@ def find_attention_site(
 
 def _find_way_in(name: str, attention: nn.Module, architecture: Architecture | None) -> WayIn:
     eager = eager_attention_of(attention)
-    mode: type[SdpaMode] | type[ProductsMode] | None = None
+    mode: type[PrefixMode] | None = None
     if eager is None and calls_sdpa(attention) and getattr(attention, "fused_attn", True):  # which is timm's switch
         mode = SdpaMode
     elif eager is None and architecture is not None and architecture.written_out:
