@@ -13,7 +13,7 @@ from torch import nn
 from .config import E2VPTConfig
 from .layer import E2VPTLayer
 from .masks import PromptMasks
-from .prompt_shapes import VISUAL_PROMPTS, prompt_shapes
+from .prompt_shapes import prompt_shapes
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -123,13 +123,10 @@ class PromptedAdapter:
             masks ([`PromptMasks`], *optional*): Those to count by: what a pruning would leave. As it is by default.
         """
         masks = self.masks if masks is None else masks
-        count = 0
-        for layer in self.layers:
-            shapes = prompt_shapes(self.config, layer.site, masks)
-            if not layer.has_visual_prompts(self.name):
-                shapes.pop(VISUAL_PROMPTS, None)
-            count += sum(map(prod, shapes.values()))
-        return count
+        shapes = [
+            prompt_shapes(self.config, layer.site, masks, layer.has_visual_prompts(self.name)) for layer in self.layers
+        ]
+        return sum(prod(shape) for each in shapes for shape in each.values())
 
     @property
     def backbone(self) -> nn.Module:

@@ -30,9 +30,7 @@ def draw_prompts(config: E2VPTConfig, site: AttentionSite, has_visual_prompts: b
         VISUAL_PROMPTS: site.patch_fan_in + site.hidden_size,  # as in VPT, which has it for all layers
         KV_PROMPTS: config.num_kv_prompts * site.head_size,
     }
-    shapes = prompt_shapes(config, site)
-    if not has_visual_prompts:
-        shapes.pop(VISUAL_PROMPTS, None)
+    shapes = prompt_shapes(config, site, has_visual_prompts=has_visual_prompts)
     prompts = {name: torch.empty(shape) for name, shape in shapes.items()}
     for name, values in prompts.items():
         if config.init_weights == "trunc_normal":

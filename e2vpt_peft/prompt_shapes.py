@@ -40,13 +40,16 @@ class AttentionSizes(NamedTuple):
     head_size: int = 0
 
 
-def prompt_shapes(config: PromptConfig, sizes: Sizes, masks: PromptMasks | None = None) -> dict[str, tuple[int, ...]]:
+def prompt_shapes(
+    config: PromptConfig, sizes: Sizes, masks: PromptMasks | None = None, has_visual_prompts: bool = True
+) -> dict[str, tuple[int, ...]]:
     """The shapes of an adapter's tensors in one layer, by their names.
 
     Args:
         config ([`E2VPTConfig`]): The adapter's configuration.
         sizes (`Sizes`): Those of the attention. A size of 0 that is not known gives a 0 in the shapes.
         masks ([`PromptMasks`], *optional*): What is kept. Everything by default, whatever masks the config has.
+        has_visual_prompts (`bool`): Whether visual prompts, if there are any, are in this layer.
 
     Returns:
         `dict[str, tuple[int, ...]]`:
@@ -54,7 +57,7 @@ def prompt_shapes(config: PromptConfig, sizes: Sizes, masks: PromptMasks | None 
             prompts, head size), with a dimension of 2 in front if keys and values have prompts of their own.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    if config.num_visual_prompts:
+    if config.num_visual_prompts and has_visual_prompts:
         shapes[VISUAL_PROMPTS] = (config.num_visual_prompts, sizes.hidden_size)
         if masks is not None:
             is_flat = masks.has_pruned_segments
