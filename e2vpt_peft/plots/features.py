@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from ..utils.fields import check_choice
 from .figure import new_figure
 
 if TYPE_CHECKING:
@@ -49,8 +50,7 @@ def plot_features(
         >>> plot_features({"frozen": frozen, "E²VPT": adapted}, labels, method="tsne")
         ```
     """
-    if method not in ("pca", "tsne"):
-        raise ValueError(f"method={method!r} must be 'pca' or 'tsne'.")
+    check_choice("method", method, ("pca", "tsne"))
     classes = torch.as_tensor(labels).cpu().numpy()
     arrays = {title: torch.as_tensor(values).detach().cpu().double().numpy() for title, values in features.items()}
     for title, values in arrays.items():

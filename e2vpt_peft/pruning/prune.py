@@ -11,8 +11,7 @@ from torch import nn
 
 from ..adapter import PromptedAdapter
 from ..masks import PromptMasks, select
-from ..utils.shards import refuse_shards
-from .scores import PromptScores
+from .scores import PromptScores, find_prunable
 
 MINIMUM_TOKENS = 1
 MINIMUM_SEGMENT_SHARE = 1 / 4
@@ -109,9 +108,7 @@ def prune_prompts(
         >>> rewind_prompts(model)
         ```
     """
-    refuse_shards(model)
-    adapter = PromptedAdapter.find(model, adapter_name)
-    adapter.require_visual_prompts()
+    adapter = find_prunable(model, adapter_name)
     masks, num_segments = adapter.masks, adapter.config.num_segments
     if scores is not None and tuple(scores.segments.shape) != (masks.num_tokens, num_segments):
         raise ValueError(

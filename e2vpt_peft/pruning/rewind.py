@@ -8,7 +8,8 @@ from torch import nn
 
 from ..adapter import PromptedAdapter
 from ..masks import PromptMasks
-from ..utils.shards import refuse_shards
+from ..utils.fields import check_choice
+from .scores import find_prunable
 
 
 def rewind_prompts(
@@ -36,11 +37,8 @@ def rewind_prompts(
     Raises:
         ValueError: `init="saved"`, but the adapter was loaded from a file. Nothing is changed.
     """
-    refuse_shards(model)
-    adapter = PromptedAdapter.find(model, adapter_name)
-    adapter.require_visual_prompts()
-    if init not in ("saved", "fresh"):
-        raise ValueError(f"init={init!r} must be 'saved' or 'fresh'.")
+    adapter = find_prunable(model, adapter_name)
+    check_choice("init", init, ("saved", "fresh"))
     if init == "saved" and not has_initial_prompts(adapter):
         raise ValueError(
             f"The initial values of adapter '{adapter.name}' are not known, because it was loaded from a file. Use "

@@ -14,6 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..adapter import PromptedAdapter
+from ..utils.fields import check_choice
 from ..utils.non_finite import explain_non_finite
 from ..utils.shards import refuse_shards
 from .methods import SCORING_METHODS, Method, TokensAndSegments, removal_by_layer
@@ -86,9 +87,8 @@ def score_prompts(
         >>> scores.tokens.argsort()  # the first is pruned first
         ```
     """
-    if method not in SCORING_METHODS:
-        raise ValueError(f"method={method!r} must be one of {', '.join(map(repr, SCORING_METHODS))}.")
-    adapter = _find_scorable(model, adapter_name)
+    check_choice("method", method, list(SCORING_METHODS))
+    adapter = find_prunable(model, adapter_name)
     shape = (adapter.masks.num_tokens, adapter.config.num_segments)
     scoring = _Scoring(adapter, SCORING_METHODS[method], shape, method)
     return PromptScores(*scoring.mean(dataloader, max_batches, progress_bar), method)
@@ -133,13 +133,18 @@ def score_prompts_by_layer(
         >>> plot_importance(model, score_prompts_by_layer(model, dataloader)).savefig("importance.png")
         ```
     """
-    adapter = _find_scorable(model, adapter_name)
+    adapter = find_prunable(model, adapter_name)
     shape = (len(adapter.visual_layers), adapter.masks.num_tokens, adapter.config.num_segments)
     scoring = _Scoring(adapter, removal_by_layer, shape, "removal by layer")
     return PromptScores(*scoring.mean(dataloader, max_batches, progress_bar), "removal_by_layer")
 
 
-def _find_scorable(model: nn.Module, adapter_name: str | None) -> PromptedAdapter:
+def find_prunable(model: nn.Module, adapter_name: str | None = None) -> PromptedAdapter:
+    """Find an adapter that can be scored, pruned and rewound.
+
+    Raises:
+        ValueError: There is no such adapter, it has no visual prompts, or the model is in shards.
+    """
     refuse_shards(model)
     adapter = PromptedAdapter.find(model, adapter_name)
     adapter.require_visual_prompts()
