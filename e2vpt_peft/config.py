@@ -86,8 +86,8 @@ class E2VPTConfig(PeftConfig):
 
     Raises:
         TypeError: A field has the wrong type.
-        ValueError: A field has a value that is not allowed. The message names the field, the value and what is
-        allowed.
+        ValueError:
+            A field has a value that is not allowed. The message names the field, the value and what is allowed.
 
     Example:
 
@@ -286,8 +286,9 @@ class E2VPTConfig(PeftConfig):
 
         Raises:
             TypeError: A field has the wrong type.
-            ValueError: A field has a value that is not allowed or is of a newer version, or the weights are pickled,
-            damaged, not finite, or not what the configuration says.
+            ValueError:
+                A field has a value that is not allowed or is of a newer version, or the weights are pickled, damaged,
+                not finite, or not what the configuration says.
         """
         config: PeftConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, E2VPTConfig):

@@ -184,14 +184,14 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         prompts.
 
         Args:
-            batch_size (`int`): The batch size in the attention, a multiple of the number of samples in windowed
-            models.
+            batch_size (`int`):
+                The batch size in the attention, a multiple of the number of samples in windowed models.
             dtype (`torch.dtype`): The type to compute in, for models without a norm in front of the attention.
         """
         adapters = self._running_adapters()
         samples = self._prompt_samples(batch_size)
-        deep = [name for name in adapters if self.has_visual_prompts(name) and not self._is_shallow(name)]
-        projected = self._project({name: self._visual_prompts(name, samples) for name in deep}, dtype)
+        deep = {name: self._visual_prompts(name, samples) for name in adapters if self._has_deep_prompts(name)}
+        projected = self._project(deep, dtype)
         keys, values = [], []
         for name in adapters:
             rows = [projected[name]] if name in projected else []
@@ -249,9 +249,11 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
     def _is_inserted(self, adapter_name: str) -> bool:
         return self.has_visual_prompts(adapter_name) and self._is_shallow(adapter_name)
 
+    def _has_deep_prompts(self, adapter_name: str) -> bool:
+        return self.has_visual_prompts(adapter_name) and not self._is_shallow(adapter_name)
+
     def _is_in_prefix(self, adapter_name: str) -> bool:
-        is_deep = self.has_visual_prompts(adapter_name) and not self._is_shallow(adapter_name)
-        return is_deep or adapter_name in self.e2vpt_kv_prompts
+        return self._has_deep_prompts(adapter_name) or adapter_name in self.e2vpt_kv_prompts
 
     def _prompt_samples(self, batch_size: int) -> int:
         """The batch dimension of the prompts: 1 unless dropout makes them differ from sample to sample."""

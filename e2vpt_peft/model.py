@@ -58,8 +58,8 @@ class E2VPTModel(BaseTuner):
         >>> from peft import get_peft_model
         >>> from e2vpt_peft import E2VPTConfig
 
-        >>> model = AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224-in21k",
-        num_labels=100)
+        >>> backbone = "google/vit-base-patch16-224-in21k"
+        >>> model = AutoModelForImageClassification.from_pretrained(backbone, num_labels=100)
         >>> model = get_peft_model(model, E2VPTConfig(modules_to_save=["classifier"]))
         >>> model.print_trainable_parameters()
         ```

@@ -37,9 +37,10 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
         adapter_name (`str`): The name of the new one.
 
     Raises:
-        ValueError: The name is taken, reserved, one that PyTorch cannot give to a parameter, or the name of a part of
-        the model: PEFT tells adapters apart by the names of their parameters, so that of other adapters it would leave
-        out whatever is in that part when it saves them.
+        ValueError:
+            The name is taken, reserved, one that PyTorch cannot give to a parameter, or the name of a part of the
+            model: PEFT tells adapters apart by the names of their parameters, so that of other adapters it would leave
+            out whatever is in that part when it saves them.
     """
     refusal = f"adapter_name={adapter_name!r} "
     if adapter_name in adapter_names(model):

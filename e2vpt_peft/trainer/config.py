@@ -122,8 +122,8 @@ class PruningConfig(PruningArguments):
 
     Raises:
         TypeError: A field has the wrong type.
-        ValueError: A field has a value that is not allowed. The message names the field, the value and what is
-        allowed.
+        ValueError:
+            A field has a value that is not allowed. The message names the field, the value and what is allowed.
 
     Example:
 

@@ -248,8 +248,9 @@ class E2VPTTrainer(ModelCardTrainer):
         """As [`~transformers.Trainer.training_step`], but refuses a loss that is NaN or infinite.
 
         Raises:
-            FloatingPointError: It is. The message has the phase, the step and the likely cause; the weights are those
-            of the step before.
+            FloatingPointError:
+                It is. The message has the phase, the step and the likely cause; the weights are those of the step
+                before.
         """
         loss = super().training_step(model, inputs, *args, **kwargs)
         finite = loss.isfinite().all()
