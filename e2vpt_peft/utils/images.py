@@ -17,10 +17,10 @@ WHITES_OF_FLOATS = (1.0, 255.0, 65535.0)
 def to_rgb(image: Image) -> Image:
     """Convert an image of any mode to RGB: grey, palette, with transparency, CMYK, 16-bit and float ones.
 
-    PIL's own `convert("RGB")` cuts grey levels above 255 off, so that a 16-bit image (X-ray, microscopy, depth) becomes
-    white. Here they are scaled: 65535 is white in a 16-bit image; in one of floats white is the smallest of 1, 255 and
-    65535 that no pixel exceeds. Photographs are turned the way up that their EXIF data say, as the `datasets` library
-    does. Transparency is dropped.
+    PIL's own `convert("RGB")` cuts grey levels off at 255, so that a 16-bit image (X-ray, microscopy, depth) becomes
+    white. Here they are scaled: 65535 is white in a 16-bit image; in one of floats white is the smallest of 1, 255
+    and 65535 that no pixel exceeds. Photographs are turned upright by their EXIF data, as the `datasets` library does.
+    Transparency is dropped.
 
     Args:
         image (`PIL.Image.Image`): The image. It is not changed.

@@ -9,7 +9,6 @@ from PIL import Image
 
 from e2vpt_peft import to_rgb
 
-
 STEPS = {
     "1": ["1"],
     "L": [],
