@@ -198,7 +198,11 @@ PromptArguments = arguments_of(
     E2VPTConfig,
     "prompts: E2VPTConfig",
     leave_out={*names_of(PeftConfig), "backbone", "token_mask", "segment_mask"},
-    types={"layers_to_transform": Optional[list[int]]},
+    types={
+        "layers_to_transform": Optional[list[int]],
+        # Which of a union of several types `HfArgumentParser` takes depends on what was imported before.
+        **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), Optional[str]),
+    },
 )
 """What `E2VPTConfig` takes, but for what is filled in when the adapter is made."""
 

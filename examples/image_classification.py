@@ -137,7 +137,7 @@ def check_labels(adapter: str, label: ClassLabel) -> None:
     """
     try:
         trained = list(AutoConfig.from_pretrained(adapter).id2label.values())
-    except OSError:  # saved without its labels
+    except (OSError, ValueError):  # saved without its labels
         return
     if trained != label.names:
         raise InputError(
