@@ -66,6 +66,10 @@ class ModelArguments:
     adapter: Optional[str] = field(
         default=None, metadata={"help": "Start from this saved adapter (Hub id or folder), to evaluate or to go on."}
     )
+    save_backbone: bool = field(
+        default=False,
+        metadata={"help": "Save the backbone beside the adapter, so that pipeline(model=output_dir) loads both."},
+    )
     attn_implementation: Optional[str] = field(
         default=None, metadata={"help": "Attention of the backbone: eager, sdpa, flash_attention_2, flex_attention."}
     )

@@ -287,6 +287,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             trainer.push_to_hub(**card)
         elif trainer.is_world_process_zero():
             trainer.create_model_card(**card)
+    if args.model.save_backbone and trainer.is_world_process_zero():
+        model.unload().save_pretrained(str(training.output_dir))
     return results
 
 

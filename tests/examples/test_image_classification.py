@@ -19,7 +19,8 @@ import pytest
 import torch
 import yaml
 from console import InputError
-from datasets import ClassLabel
+from datasets import ClassLabel, load_dataset
+from peft import AutoPeftModel
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from transformers import (
@@ -34,6 +35,7 @@ from transformers import (
     Trainer,
     ViTConfig,
     ViTForImageClassification,
+    pipeline,
 )
 
 from tests.support.pictures import NAMES
@@ -98,9 +100,11 @@ def assert_same(first: Path, second: Path) -> None:
 # The whole script
 
 
-def test_plain_run(options: list[str], backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_run(
+    options: list[str], backbone: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
-    metrics = script.main([*options, "--num_train_epochs=10", "--learning_rate=0.02"])
+    metrics = script.main([*options, "--num_train_epochs=10", "--learning_rate=0.02", "--save_backbone"])
     printed = capsys.readouterr().out
     assert "3 classes; images: 24 train, 12 test, 6 validation" in printed
     assert "trainable params" in printed
@@ -120,6 +124,27 @@ def test_plain_run(options: list[str], backbone: Path, tmp_path: Path, capsys: p
     again = script.main([*options, "--do_train=false", f"--adapter={out}", f"--output_dir={tmp_path / 'again'}"])
     for name in ("eval_accuracy", "eval_loss", "test_accuracy", "test_loss"):
         assert again[name] == pytest.approx(metrics[name], rel=1e-6), name
+    loaded_in_one_line(out, data, metrics["test_loss"])
+
+
+def loaded_in_one_line(folder: Path, data: Path, loss: float) -> None:
+    """As the guide says, prompts, head and labels; with `--save_backbone`, transformers alone loads all of it."""
+    labels = AutoConfig.from_pretrained(folder).id2label
+    adapted = AutoPeftModel.from_pretrained(folder, id2label=labels, ignore_mismatched_sizes=True)
+    test = load_dataset("parquet", data_files=str(data / "test.parquet"))["train"]
+    for classify in (
+        pipeline("image-classification", model=adapted.get_base_model(), image_processor=str(folder)),
+        pipeline("image-classification", model=str(folder)),
+        pipeline(
+            "image-classification",
+            model=AutoModelForImageClassification.from_pretrained(folder),
+            image_processor=str(folder),
+        ),
+    ):
+        answers = classify(list(test["image"]), batch_size=4, top_k=3)
+        names = [NAMES[label] for label in test["label"]]
+        scores = [{one["label"]: one["score"] for one in answer}[name] for answer, name in zip(answers, names)]
+        assert statistics.mean(-math.log(score) for score in scores) == pytest.approx(loss, rel=1e-4)
 
 
 def test_the_same_seed_gives_the_same_adapter(options: list[str], tmp_path: Path) -> None:
