@@ -36,6 +36,7 @@ LABELS = {"digit": list("0123456789"), "even": ["odd", "even"], "upside_down": [
 """The classes of the tasks in `many_adapters.py`."""
 UNUSED = ""
 """The label of an output that no class belongs to: all heads have as many as the largest needs."""
+LOOK = "Where the class token looks, head by head, and how much of its attention goes to the prompts:"
 TITLE = "E²VPT: {} adapters, one backbone, one forward pass"
 
 
@@ -152,9 +153,7 @@ def build(answers: Answers, examples: Sequence[np.ndarray] = ()) -> Any:
                 labels = [gradio.Label(num_top_classes=3, label=name) for name in names]
         if len(examples):
             gradio.Examples([[one] for one in examples], [image], label="handwritten digits")
-        gradio.Markdown(
-            "Where the class token looks, head by head, and the share of its attention that goes to prompts:"
-        )
+        gradio.Markdown(LOOK)
         with gradio.Row():
             adapter = gradio.Radio(names, value=names[0], label="adapter")
             layer = gradio.Slider(1, num_layers, value=num_layers, step=1, label="layer")
