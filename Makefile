@@ -22,7 +22,7 @@ lint: $(VENV)/.dev ## style, types, and that imports point one way
 	$(BIN)/lint-imports
 
 docs: $(VENV)/.dev ## build the documentation, warnings are errors
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 docs-serve: $(VENV)/.dev
 	$(BIN)/mkdocs serve
