@@ -109,6 +109,7 @@ def check_command(command: str) -> None:
 
 def check_pip(command: str, words: list[str]) -> None:
     assert words[0] == "install", command
+    assert not any(word.startswith("e2vpt") for word in words), f"{command}: the package is on no index yet"
     extras = re.search(
         r"\[project.optional-dependencies\]\n(.*?)\n\[", (ROOT / "pyproject.toml").read_text(), re.DOTALL
     )
