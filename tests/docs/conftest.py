@@ -22,8 +22,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to run in, with the examples, and what the pages load from the Hub.
 
     `from_pretrained` and `load_dataset` take a folder of that name for what they look for, so that no page has to be
-    changed to run offline. The backbone is a random ViT with the layers of the real one, each of them narrow, and no head; the data
-    set has three plain images in each split.
+    changed to run offline. The backbone is a random ViT with the layers of the real one, each of them narrow, and no
+    head; the data set has three plain images in each split.
     """
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     vit = tiny_vit(image_size=224, patch_size=16, hidden_size=48, num_hidden_layers=12)

@@ -87,7 +87,7 @@ def test_commands_name_what_exists(page: str, monkeypatch: pytest.MonkeyPatch) -
 
 def check_command(command: str) -> None:
     words = shlex.split(command, comments=True)
-    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+    while words and re.fullmatch(r"[A-Z0-9_]+=.*", words[0]):
         words = words[1:]
     program, *rest = words
     program = program.removeprefix(".venv/bin/")
