@@ -13,19 +13,28 @@ from typing import Any
 import griffe
 
 NAMED_VALUES = ("Args:", "Attributes:")
-ENTRY = re.compile(r"^(?P<indent> *)(?P<names>[\w*]+(?:, [\w*]+)*)(?: \(.*?\))?:(?= |$)(?P<text>.*)", re.DOTALL)
+ENTRY = re.compile(
+    r"^(?P<indent> *)(?P<names>[\w*]+(?:, [\w*]+)*)(?: \(.*?\))?:(?= |$)(?P<text>.*)",
+    re.DOTALL,
+)
 RETURNED = re.compile(r"^( +)\[?`~?([\w.\[\], ]+)`\]?: ")
 REFERENCE = re.compile(r"\[`~?(?P<path>[\w.]+)`\]")
 
 
 class PeftDocstrings(griffe.Extension):
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
-        exported = {name: f"{module.path}.{name}" for module in (pkg, pkg["plots"]) for name in module.exports or ()}
+        exported = {
+            name: f"{module.path}.{name}"
+            for module in (pkg, pkg["plots"])
+            for name in module.exports or ()
+        }
         self._rewrite(pkg, exported)
 
     def _rewrite(self, thing: griffe.Object, exported: dict[str, str]) -> None:
         if thing.docstring is not None:
-            thing.docstring.value = in_google_style(thing.docstring.value, exported)
+            thing.docstring.value = in_google_style(
+                thing.docstring.value, exported
+            )
         for member in thing.members.values():
             if not member.is_alias:
                 self._rewrite(member, exported)
@@ -37,7 +46,9 @@ def in_google_style(text: str, exported: dict[str, str]) -> str:
     others: list[str] = []
     for line in text.splitlines():
         entry = ENTRY.match(line) if section in NAMED_VALUES else None
-        if others and (entry or not line.strip()):  # those that shared a line with the entry that ends here
+        if others and (
+            entry or not line.strip()
+        ):  # those that shared a line with the entry that ends here
             lines += others
             others = []
         if re.fullmatch(r"[A-Z]\w+:", line):
@@ -52,7 +63,10 @@ def in_google_style(text: str, exported: dict[str, str]) -> str:
         elif section == "Returns:":
             line = RETURNED.sub(r"\1\2: ", line)
         lines.append(line)
-    return REFERENCE.sub(lambda match: _reference(match["path"], exported), "\n".join(lines + others))
+    return REFERENCE.sub(
+        lambda match: _reference(match["path"], exported),
+        "\n".join(lines + others),
+    )
 
 
 def _reference(path: str, exported: dict[str, str]) -> str:

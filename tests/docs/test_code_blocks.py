@@ -74,7 +74,7 @@ def test_python_runs_as_written(page: str, checkout: Path) -> None:
 @pytest.mark.parametrize("page", WITH_CODE)
 def test_code_fits_the_column(page: str) -> None:
     lines = [line for code in blocks(page, *LANGUAGES) for line in code.splitlines()]
-    assert not [line for line in lines if len(line) > 88]
+    assert not [line for line in lines if len(line) > 80]
 
 
 @pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")  # a module that its tests imported
