@@ -150,7 +150,7 @@ class E2VPTModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """
-        Return the very backbone: prompts are taken out and `modules_to_save` are given back their original modules.
+        Return the original backbone: prompts are removed and `modules_to_save` are given back their original modules.
 
         In this it differs from PEFT, which leaves the trained `modules_to_save` in place.
         """
