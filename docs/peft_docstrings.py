@@ -70,5 +70,12 @@ def in_google_style(text: str, exported: dict[str, str]) -> str:
 
 
 def _reference(path: str, exported: dict[str, str]) -> str:
-    name = path.rsplit(".", 1)[-1]
-    return f"[`{name}`][{exported[name]}]" if name in exported else f"`{name}`"
+    """A link to what this package exports, else the name as code, with its class if it is a method."""
+    *before, name = path.split(".")
+    if name in exported and len(before) <= 1:
+        return f"[`{name}`][{exported[name]}]"
+    return (
+        f"`{before[-1]}.{name}`"
+        if before and before[-1][0].isupper()
+        else f"`{name}`"
+    )
