@@ -34,7 +34,7 @@ OTHER_PROGRAMS = {
 }
 
 WITH_PYTHON = [page for page in PAGES if blocks(page, "python") and page not in TESTED_ELSEWHERE]
-LANGUAGES = ("python", "text", "yaml", "json", *SHELL)
+LANGUAGES = ("python", "bash", "sh")
 WITH_CODE = [page for page in PAGES if page.startswith("docs/") and blocks(page, *LANGUAGES)]
 WITH_COMMANDS = [page for page in PAGES if commands(page)]
 
