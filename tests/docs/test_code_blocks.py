@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from .pages import PAGES, ROOT, SHELL, blocks, commands
+from .pages import PAGES, ROOT, blocks, commands
 
 TESTED_ELSEWHERE = {"docs/hub.md": "tests/hub/test_guide.py"}  # needs a Hub
 SLOW = {"docs/inference.md", "docs/pictures.md", "docs/pruning.md"}
