@@ -28,15 +28,12 @@ class TestTheSameObject:
     """`model.peft_config[name] is config`, whichever way the adapter came in."""
 
     def test_of_a_new_adapter(self) -> None:
-        config, other, injected, native = (small_config() for _ in range(4))
+        config, other, injected = (small_config() for _ in range(3))
         model = with_config(config)
         model.add_adapter("other", other)
         assert model.peft_config["default"] is config and model.peft_config["other"] is other
         assert PromptedAdapter.find(model, "other").config is other
         assert inject_adapter_in_model(injected, tiny_vit()).peft_config["default"] is injected
-        backbone = tiny_vit()
-        backbone.add_adapter(native)
-        assert backbone.peft_config["default"] is native
 
     def test_of_a_saved_adapter(self, tmp_path: Path) -> None:
         model, config = adapted(), small_config()
@@ -44,10 +41,15 @@ class TestTheSameObject:
         loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path, config=config)
         assert loaded.peft_config["default"] is config and config.inference_mode
         assert torch.equal(logits(loaded), logits(model))
-        native, state_dict = small_config(), get_peft_model_state_dict(model)
-        backbone = tiny_vit()
-        backbone.load_adapter(peft_config=native, adapter_state_dict=state_dict)
-        assert backbone.peft_config["default"] is native
+
+    def test_through_transformers_own_methods(self) -> None:
+        config, model = small_config(), tiny_vit()
+        model.add_adapter(config)
+        assert model.peft_config["default"] is config
+        other, state_dict = small_config(), get_peft_model_state_dict(adapted())
+        model = tiny_vit()
+        model.load_adapter(peft_config=other, adapter_state_dict=state_dict)
+        assert model.peft_config["default"] is other
 
     @pytest.mark.parametrize(
         ("fields", "words"),

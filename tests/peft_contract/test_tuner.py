@@ -119,10 +119,6 @@ class TestFieldsOfANewerVersion:
         with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['from_the_future'\]"):
             loaded = PeftModel.from_pretrained(tiny_vit(), folder)
         assert torch.equal(logits(loaded), expected)
-        native = tiny_vit()
-        with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['from_the_future'\]"):
-            native.load_adapter(str(folder))
-        assert torch.equal(logits(native), expected)
 
     @pytest.mark.parametrize("value", [True, "soft", [0], {"a": None}, 1, -0.5], ids=json.dumps)
     def test_that_say_something_are_refused(self, value: Any, folder: Path) -> None:
