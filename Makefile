@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test test-fast lint docs docs-serve clean
+.PHONY: quickstart test test-fast lint docs docs-serve constraints clean
 
 quickstart: $(VENV)/.examples ## adapt a real vision transformer to real digits and print a table
 	$(BIN)/python examples/quickstart.py
@@ -23,6 +23,10 @@ lint: $(VENV)/.dev ## style, types, and that imports point one way
 
 docs: $(VENV)/.dev ## build the documentation, warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+constraints: $(VENV)/.dev ## pin the newest of everything, except what constraints.in holds back
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.10 --no-annotate --extra dev \
+		--custom-compile-command "make constraints" --output-file constraints.txt pyproject.toml constraints.in
 
 docs-serve: $(VENV)/.dev
 	$(BIN)/mkdocs serve

@@ -52,6 +52,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.site = site
+        self.in_features = self.out_features = site.hidden_size  # of the hidden states, as every PEFT layer says
         self.e2vpt_visual_prompts = nn.ParameterDict()
         self.e2vpt_kv_prompts = nn.ParameterDict()
         self.adapter_configs: dict[str, E2VPTConfig] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
 from typing import Any, NoReturn
 
 import torch
@@ -28,7 +27,7 @@ from .loading.compatibility import (
     check_nothing_overwritten,
     check_saved_prompts,
 )
-from .loading.former_names import former_names, in_present_layout
+from .loading.former_names import former_names, target_present_layout
 from .mixed_batch import check_adapter_names, route_modules_to_save
 from .prompt_shapes import PREFIX
 from .route import Route
@@ -91,12 +90,16 @@ class E2VPTModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put an adapter into the model, as [`~peft.tuners.tuners_utils.BaseTuner.inject_adapter`]."""
         check_adapter_name(model, adapter_name)
-        # A copy, because PEFT and this class write into it what they find in this model, and the user may want to put
-        # an adapter of the same configuration into another one.
-        config = copy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
         assert isinstance(config, E2VPTConfig)
-        self.peft_config[adapter_name] = in_present_layout(config, model)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # The user's own object, into which PEFT and this class write what they find in the model.
+        before = vars(config).copy()
+        try:
+            target_present_layout(config, model)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            vars(config).update(before)
+            raise
         route_modules_to_save(model)
 
     def _create_and_replace(
