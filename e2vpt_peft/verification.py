@@ -27,10 +27,9 @@ POSITIONS = ("position_mask",)  # at 0 nothing is rotated
 def check_prefix(model: nn.Module, inputs: Mapping[str, Any], *, tolerance: float = 1e-4) -> float:
     """Compare the prefix of an adapted model with visual prompts that are inserted as tokens.
 
-    That both are the same is an identity, provided that the package has understood the attention. For a model that it
-    does not know this function finds out, in two forward passes: that the norm it takes for the one in front of the
-    attention is that (or that there is none), and that the model's outputs are those of the same model where each
-    attention is given the normed visual prompts as real tokens, with queries, masks and all.
+    Both are the same if the package has understood the attention. For a model that it does not know, this function
+    checks in two forward passes that it has found the norm in front of the attention (or that there is none), and that
+    the outputs are those of a model whose attention is given the normed visual prompts as real tokens.
 
     Args:
         model (`nn.Module`): The adapted model, with one active adapter, of deep visual prompts. It is left as it was.
