@@ -51,13 +51,13 @@ def update_readme(existing: str | None, section: str, metadata: ModelCardData) -
     text = REGEX_YAML_BLOCK.sub("", existing)
     enclosed = BEGIN.format(_checksum(section), _checksum(metadata.to_yaml())) + section + END
     if _is_unfilled(text):
-        form = _metadata_of(existing).to_dict()
+        form = ModelCard(existing).data.to_dict()
         kept = {name: value for name, value in form.items() if name not in OWN_METADATA}
         return _render({**kept, **metadata.to_dict()}, f"\n{enclosed}\n")
     found = GENERATED.search(text)
     if found is None or found[1] != _checksum(found[3]):
         return None
-    present: Any = _metadata_of(existing)
+    present: Any = ModelCard(existing).data
     is_unchanged = _checksum(present.to_yaml()) == found[2]
     joined = metadata.to_dict() if is_unchanged else _join(present, metadata)
     return _render(joined, text[: found.start()] + enclosed + (text[found.end() :] or "\n"))
@@ -70,7 +70,7 @@ def has_persons_words(existing: str | None) -> bool:
     found = GENERATED.fullmatch(text.strip())
     if found is None or found[1] != _checksum(found[3]):
         return not _is_unfilled(text)
-    return found[2] != _checksum(_metadata_of(existing).to_yaml())
+    return found[2] != _checksum(ModelCard(existing).data.to_yaml())
 
 
 def is_hub_id(name: str | None) -> TypeGuard[str]:
@@ -82,12 +82,6 @@ def is_hub_id(name: str | None) -> TypeGuard[str]:
     except HFValidationError:
         return False
     return True
-
-
-def _metadata_of(card: str) -> ModelCardData:
-    """The metadata of a card; huggingface_hub would warn if it has none."""
-    metadata: ModelCardData = ModelCard(card).data if REGEX_YAML_BLOCK.search(card) else ModelCardData()
-    return metadata
 
 
 def _is_unfilled(text: str) -> bool:

@@ -122,9 +122,3 @@ def test_a_folder_is_no_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "me" / "flowers").mkdir(parents=True)
     assert not is_hub_id("me/flowers") and is_hub_id("me/trees")
-
-
-def test_a_new_card_is_written_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """huggingface_hub warns of a card without metadata."""
-    card(adapted(), tmp_path)
-    assert caplog.text == ""
