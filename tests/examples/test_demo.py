@@ -78,15 +78,14 @@ def test_adapters_that_cannot_share_a_batch(folders: list[str], tiny_backbone: s
 
 def test_the_page_answers_over_http(folders: list[str], image: Image.Image, tmp_path: Path) -> None:
     pytest.importorskip("gradio", reason="gradio is not installed")
-    from gradio_client import Client, handle_file
-
+    client = pytest.importorskip("gradio_client", reason="gradio_client is not installed")
     answers = demo.load(folders)
     page = demo.build(answers, demo.digit_images(2))
     _, url, _ = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
     try:
         image.save(tmp_path / "image.png")
-        *labels, picture = Client(url, verbose=False).predict(
-            handle_file(tmp_path / "image.png"), "sizes", 1, api_name="/answer"
+        *labels, picture = client.Client(url, verbose=False).predict(
+            client.handle_file(tmp_path / "image.png"), "sizes", 1, api_name="/answer"
         )
     finally:
         page.close()
