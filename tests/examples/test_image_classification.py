@@ -118,7 +118,7 @@ def test_plain_run(
     assert json.loads((out / "preprocessor_config.json").read_text())["image_mean"] == [0.4, 0.5, 0.6]
     assert AutoConfig.from_pretrained(out).id2label == dict(enumerate(NAMES))
     card = (out / "README.md").read_text()
-    assert str(backbone) in card and "- e2vpt\n" in card and "| visual prompts | 4 per layer (deep) |" in card
+    assert backbone.name in card and "- e2vpt\n" in card and "| visual prompts | 4 per layer (deep) |" in card
     assert "| accuracy | validation | 1 |" in card and "| accuracy | test | 1 |" in card
 
     again = script.main([*options, "--do_train=false", f"--adapter={out}", f"--output_dir={tmp_path / 'again'}"])

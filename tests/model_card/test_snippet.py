@@ -31,14 +31,14 @@ class TestCode:
             labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
         model = classifier(tmp_path, ignore_mismatched_sizes=True, **labels)
         model.save_pretrained(tmp_path / "adapter")
-        code = snippet(card(model, tmp_path / "adapter"))
+        code = snippet(card(model, tmp_path / "adapter", base_model=str(tmp_path / "backbone")))
         answer = run_beside_an_image(code, folders=tmp_path)
         assert answer in (names or ["LABEL_0", "LABEL_1", "LABEL_2"])
 
     def test_it_takes_images_of_every_kind(self, tmp_path: Path) -> None:
         model = classifier(tmp_path)
         model.save_pretrained(tmp_path / "adapter")
-        code = snippet(card(model, tmp_path / "adapter"))
+        code = snippet(card(model, tmp_path / "adapter", base_model=str(tmp_path / "backbone")))
         levels = np.linspace(0, 1, 32 * 24, dtype=np.float32).reshape(24, 32)
         colour = Image.fromarray((levels * 255).astype(np.uint8)).convert("RGB")
         images = [colour.convert(mode) for mode in ("1", "L", "LA", "P", "RGBA", "CMYK")]
@@ -58,7 +58,7 @@ class TestCode:
         monkeypatch.chdir(tmp_path / "elsewhere")
         model.save_pretrained("../flowers")
         for folder in (tmp_path / "flowers", Path("../flowers")):
-            code = snippet(card(model, folder))
+            code = snippet(card(model, folder, base_model=str(tmp_path / "backbone")))
             assert '"path/to/flowers"' in code and '"path/to/backbone"' in code
             assert str(tmp_path) not in code and ".." not in code
 
@@ -68,7 +68,7 @@ class TestCode:
         config = E2VPTConfig(num_visual_prompts=2, num_segments=4)
         model = get_peft_model(backbone, config, adapter_name="flowers")
         model.save_pretrained(tmp_path / "adapter")
-        text = card(model, tmp_path / "adapter")
+        text = card(model, tmp_path / "adapter", base_model=str(tmp_path / "backbone"))
         assert run_beside_an_image(snippet(text), folders=tmp_path) == "" and "ViTModel" in text
 
     def test_many_classes_are_not_listed(self, tmp_path: Path) -> None:
