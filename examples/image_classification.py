@@ -20,12 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import console  # first: it hides what the others log as they are imported
 import evaluate
 import numpy as np
 from augmentation import center_crop, horizontal_flip, random_crop, random_resized_crop, resize_shorter_side
 from classification_arguments import Arguments, DataArguments, ModelArguments, names_of, parse
 from classification_data import TOGETHER, load_splits
-from console import InputError, hide_notices, run
 from datasets import ClassLabel, DatasetDict
 from peft import PeftModel, get_peft_model
 from PIL.Image import Image as PILImage
@@ -62,7 +62,7 @@ def input_size(processor: Any) -> tuple[int, int]:
         return size.height, size.width
     if getattr(size, "shortest_edge", None):
         return size.shortest_edge, size.shortest_edge
-    raise InputError(f"The image processor has no fixed size, but {size}: augmentation={'none'!r} is all it takes.")
+    raise console.InputError(f"The image processor has no fixed size, but {size}: it takes augmentation='none' only.")
 
 
 Transform = Callable[[PILImage], PILImage]
@@ -133,14 +133,14 @@ def check_labels(adapter: str, label: ClassLabel) -> None:
     """Refuse an adapter that was trained on other classes, as far as it says which.
 
     Raises:
-        InputError: It was.
+        console.InputError: It was.
     """
     try:
         trained = list(AutoConfig.from_pretrained(adapter).id2label.values())
     except (OSError, ValueError):  # saved without its labels
         return
     if trained != label.names:
-        raise InputError(
+        raise console.InputError(
             f"The adapter in {adapter} was trained on {len(trained)} classes ({enumerate_some(trained)}), but the "
             f"data has {label.num_classes} ({enumerate_some(label.names)}): they must be the same, in the same order."
         )
@@ -186,7 +186,7 @@ def settle(args: Arguments) -> None:
         if name is not None:
             check_place(option, name)
     if Path(str(training.output_dir)).is_file():
-        raise InputError(f"output_dir={training.output_dir!r} is a file: name a folder.")
+        raise console.InputError(f"output_dir={training.output_dir!r} is a file: name a folder.")
     training.remove_unused_columns = False  # or Trainer would drop the images before they are preprocessed
     if training.load_best_model_at_end is None:
         has_both = training.eval_strategy == training.save_strategy == SaveStrategy.EPOCH
@@ -224,7 +224,7 @@ def make_trainer(
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run the script; returns all metrics."""
-    hide_notices()
+    console.hide_notices()
     args = parse(sys.argv[1:] if argv is None else argv, __doc__)
     settle(args)
     training = args.training
@@ -293,4 +293,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run(main)
+    console.run(main)
