@@ -141,10 +141,10 @@ class E2VPTModel(BaseTuner):
 
     def _insert_tokens(self, layer: E2VPTLayer, name: str) -> None:
         """Let shallow prompts in through the stack that a layer is in, by the hooks that are there already."""
-        stack, ancestors = find_stack(self.model, name)
-        neighbours = [module for module in stack.modules() if isinstance(module, E2VPTLayer)]
+        stack = find_stack(self.model, name)
+        neighbours = [module for module in stack.layers.modules() if isinstance(module, E2VPTLayer)]
         ways_in = [way_in for other in neighbours for way_in in other.ways_in if isinstance(way_in, TokenInsertion)]
-        insertion = ways_in[0] if ways_in else TokenInsertion(stack, ancestors, layer.site.num_special_tokens)
+        insertion = ways_in[0] if ways_in else TokenInsertion(stack, layer.site.num_special_tokens)
         if insertion not in layer.ways_in:
             layer.attach(insertion)
 
