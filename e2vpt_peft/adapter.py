@@ -14,6 +14,7 @@ from .config import E2VPTConfig
 from .layer import E2VPTLayer
 from .masks import PromptMasks
 from .prompt_shapes import prompt_shapes
+from .running_pass import Passes
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -86,6 +87,11 @@ class PromptedAdapter:
     def config(self) -> E2VPTConfig:
         """The configuration, which all layers share with `model.peft_config`."""
         return self.layers[0].adapter_configs[self.name]
+
+    @property
+    def passes(self) -> Passes:
+        """The running forward passes of the model."""
+        return self.layers[0].passes
 
     @property
     def masks(self) -> PromptMasks:

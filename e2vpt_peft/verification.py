@@ -15,7 +15,6 @@ from torch import nn
 from .adapter import PromptedAdapter
 from .attention.prefix import Prefix
 from .layer import E2VPTLayer
-from .running_pass import running
 from .utils.modes import evaluating
 
 MASKS = ("attention_mask", "attn_mask")
@@ -62,7 +61,7 @@ def check_prefix(model: nn.Module, inputs: Mapping[str, Any], *, tolerance: floa
                 outputs = _outputs(model, inputs)
             tokens_inserted = (_tokens_inserted(layer, adapter.name) for layer in adapter.layers)
             no_visual_prompts = partial(_without_visual_prompts, adapter.masks.num_tokens)
-            with running(edit_prefix=no_visual_prompts), _all(tokens_inserted):
+            with adapter.passes.running(edit_prefix=no_visual_prompts), _all(tokens_inserted):
                 expected = _outputs(model, inputs)
     except RuntimeError as error:
         raise ValueError(
