@@ -105,7 +105,11 @@ class PromptedAdapter:
 
         Args:
             masks ([`PromptMasks`]): For the visual prompts that the adapter had when it was made.
+
+        Raises:
+            ValueError: They keep nothing, which no file can hold. Nothing is changed.
         """
+        masks.check_not_empty()
         # The masks in the config say how the parameters are to be read: all are read before any mask changes.
         values = [layer.full_prompts(self.name) for layer in self.visual_layers]
         masks.write_to(self.config)
