@@ -41,6 +41,11 @@ class E2VPTModel(BaseTuner):
 
     The method is described in https://huggingface.co/papers/2307.13770.
 
+    Several threads may run the model at once, each with its own `adapter_names`. What PEFT changes on the model it
+    changes for all of them: `disable_adapter()`, also as a context, `set_adapter(...)`, and adding or deleting an
+    adapter. While other threads run the model, name the adapter of each sample in place of that, with `"__base__"`
+    for the model without one.
+
     Args:
         model ([`torch.nn.Module`]): The model to be adapted.
         config ([`E2VPTConfig`]): The configuration of the E²VPT model.
