@@ -62,28 +62,38 @@ class SampleCount(WayIn):
     Args:
         block (`nn.Module`): The block, one of a stack; the attention itself if it is in none.
         name (`str`): Its name in the model.
+        model (`nn.Module`, *optional*): The model, to be kept from calls with names that nobody reads.
     """
 
-    def __init__(self, block: nn.Module, name: str) -> None:
-        self.block, self.name = block, name
+    def __init__(self, block: nn.Module, name: str, model: nn.Module | None = None) -> None:
+        self.block, self.name, self.model = block, name, model
+        self.handles: list[RemovableHandle] = []
 
     def attach(self, attention: nn.Module, source: Any) -> None:
         self.source = source
-        self.handle: RemovableHandle = self.block.register_forward_pre_hook(self._enter, with_kwargs=True)
+        if self.model is not None:
+            self.handles.append(self.model.register_forward_pre_hook(_refuse_names, with_kwargs=True))
+        self.handles.append(self.block.register_forward_pre_hook(self._enter, with_kwargs=True))
 
     def detach(self, attention: nn.Module) -> None:
-        self.handle.remove()
+        while self.handles:
+            self.handles.pop().remove()
 
     def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if "adapter_names" in kwargs:
-            raise TypeError(
-                "adapter_names has been passed to a part of the model, which takes no notice of it: pass it to the "
-                "PeftModel itself, `model(..., adapter_names=[...])` or `model.generate(...)`."
-            )
+        _refuse_names(block, args, kwargs)
         route = self.source.passes.current.route
         if route is not None:
             states = (kwargs.get("hidden_states"), *args, *kwargs.values())
             route.check(next(len(value) for value in states if isinstance(value, torch.Tensor)), self.name)
+
+
+def _refuse_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """PEFT takes the names out of the arguments; those that arrive with them are ignored by the model."""
+    if "adapter_names" in kwargs:
+        raise TypeError(
+            f"adapter_names has been passed to {type(module).__name__}, which takes no notice of it: pass it to the "
+            "PeftModel itself, `model(..., adapter_names=[...])` or `model.generate(...)`."
+        )
 
 
 def find_block(model: nn.Module, name: str) -> tuple[nn.Module, str]:

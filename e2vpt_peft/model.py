@@ -145,7 +145,8 @@ class E2VPTModel(BaseTuner):
         else:
             layer = E2VPTLayer(target, self._find_site(self.model, current_key, peft_config))
             layer.passes = self.passes
-            layer.attach(SampleCount(*find_block(self.model, current_key)))
+            is_first_layer = not any(isinstance(module, E2VPTLayer) for module in self.model.modules())
+            layer.attach(SampleCount(*find_block(self.model, current_key), self.model if is_first_layer else None))
         layer.update_layer(adapter_name, peft_config, has_visual_prompts)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from torch import nn
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -22,7 +23,11 @@ from transformers import (
     SwinForImageClassification,
 )
 
+from e2vpt_peft import E2VPTConfig
+
+from .support.bare import Bare, BareBlock
 from .support.models import images, randomized
+from .support.zoo import ZOO
 from .test_mixed_batch import adapted
 
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
@@ -141,13 +146,76 @@ class TestDualEncoders:
         expected = run(model, "b", **inputs).image_embeds[1]
         torch.testing.assert_close(run(model, ["a", "b"] * 2, **inputs).image_embeds[1], expected, atol=1e-5, rtol=0)
 
-    def test_names_that_do_not_reach_the_tuner_are_refused(self) -> None:
+    def test_names_in_a_method_of_the_model_are_refused(self) -> None:
         """transformers' methods take any keyword and hand it down to the layers."""
         model, _ = self.model_and_embeddings(clip, "vision", "deep")
         with pytest.raises(TypeError, match=r"adapter_names.*pass it to the PeftModel itself"):
             model.get_image_features(pixel_values=images(2), adapter_names=["a", "b"])
-        with pytest.raises(TypeError, match=r"adapter_names.*pass it to the PeftModel itself"):
-            model.get_base_model()(pixel_values=images(2), input_ids=texts(2), adapter_names=["a", "b"])
+
+
+class WindowedBlock(BareBlock):
+    """Cuts its input into two windows in front of its norm."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        windows = x.unflatten(1, (2, -1)).flatten(0, 1)
+        return x + self.attn(self.ln_1(windows)).unflatten(0, (len(x), 2)).flatten(1, 2)
+
+
+def bare(**parts: nn.Module) -> PeftModel:
+    """A model from outside transformers, with some of its parts replaced."""
+    torch.manual_seed(0)
+    backbone = Bare()
+    for name, part in parts.items():
+        setattr(backbone, name, part)
+    fields = {"target_modules": [r"attn"], "attention_norm": "ln_1"}
+    return adapted(backbone, {name: {**config, **fields} for name, config in CONFIGS["deep"].items()}, heads=["ln_1"])
+
+
+@torch.no_grad()
+def run_bare(model: PeftModel, names: list[str], states: torch.Tensor) -> torch.Tensor:
+    output: torch.Tensor = model(states, adapter_names=names)
+    return output
+
+
+@pytest.mark.parametrize("kind", ["in a stack", "windows in a stack", "in no stack"])
+def test_models_from_elsewhere(kind: str) -> None:
+    parts: dict[str, nn.Module] = {
+        "in a stack": {},
+        "windows in a stack": {"blocks": nn.ModuleList([WindowedBlock(), WindowedBlock()])},
+        "in no stack": {"blocks": nn.Sequential(BareBlock(), BareBlock())},
+    }[kind]
+    model, states = bare(**parts), torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0))
+    names = ["b", "a", "__base__", "b"]
+    alone = {name: run_bare(model, [name] * 4, states) for name in NAMES}
+    assert not torch.allclose(alone["a"], alone["b"], atol=1e-3)
+    expected = torch.stack([alone[name][row] for row, name in enumerate(names)])
+    torch.testing.assert_close(run_bare(model, names, states), expected)
+    model.set_adapter("b")
+    torch.testing.assert_close(model(states), alone["b"])
+    for number in (1, 2, 8):
+        with pytest.raises(ValueError, match=f"has {number} names, but a batch of 4 arrives"):
+            run_bare(model, ["a"] * number, states)
+
+
+def test_windows_that_are_cut_where_no_block_counts_are_refused() -> None:
+    """Nothing tells them from samples there."""
+    model = bare(blocks=nn.Sequential(WindowedBlock(), WindowedBlock()))
+    with pytest.raises(ValueError, match="has 4 names, but a batch of 8 arrives at 'blocks.0.ln_1'"):
+        run_bare(model, ["a"] * 4, torch.randn(4, 6, 8))
+
+
+@pytest.mark.parametrize("name", ["vit", "dpt"])  # which hands keywords down, and which drops them
+def test_names_that_do_not_reach_the_tuner_are_refused(name: str) -> None:
+    backbone = ZOO[name].make()
+    backbone.add_adapter(E2VPTConfig(num_segments=4))  # transformers' own way, which knows no adapter_names
+    with pytest.raises(TypeError, match=f"passed to {type(backbone).__name__}, which takes no notice"):
+        backbone(**ZOO[name].inputs(2), adapter_names=["default"] * 2)
+    model = adapted(ZOO[name].make(), CONFIGS["deep"], heads=[])
+    with pytest.raises(TypeError, match="passed to .*, which takes no notice"):
+        model.base_model(**ZOO[name].inputs(2), adapter_names=["a"] * 2)
+    unloaded = model.unload()
+    assert not any(module._forward_pre_hooks for module in unloaded.modules())
+    unloaded(**ZOO[name].inputs(2), adapter_names=["a"] * 2)
 
 
 class TestSeveralImagesInASample:
