@@ -137,8 +137,10 @@ def make_route(adapter_names: Any, known: Sequence[str], model: nn.Module, input
     unknown = sorted(set(adapter_names) - {BASE_MODEL} - set(known))
     if unknown:
         raise ValueError(f"adapter_names has {unknown}, known are {[BASE_MODEL, *known]}.")
-    device = next((value.device for value in inputs.values() if isinstance(value, torch.Tensor)), None)
-    return Route(adapter_names, device, _copies(inputs), _doubt(len(adapter_names), model, inputs))
+    tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+    copies, count = _copies(inputs), len(adapter_names)
+    doubt = _doubt_about_copies(count, tensors) if copies > 1 else _doubt_about_texts(count, model, inputs)
+    return Route(adapter_names, tensors[0].device if tensors else None, copies, doubt)
 
 
 def _copies(inputs: Mapping[Any, Any]) -> int:
@@ -148,7 +150,18 @@ def _copies(inputs: Mapping[Any, Any]) -> int:
     return max(inputs.get(name) or getattr(config, name, None) or 1 for name in names)
 
 
-def _doubt(count: int, model: nn.Module, inputs: Mapping[Any, Any]) -> str:
+def _doubt_about_copies(count: int, tensors: Sequence[torch.Tensor]) -> str:
+    """Why copies of samples cannot be told from several images of a sample."""
+    if all(len(tensor) == count and tensor.dim() < 5 for tensor in tensors if tensor.dim()):
+        return ""
+    return (
+        "adapter_names with num_beams or num_return_sequences above 1 needs a text for each name, and no more than "
+        "one image (crop, frame) for each text: copies of a text cannot be told from several images. Generate without "
+        "them, or run the adapters one after the other."
+    )
+
+
+def _doubt_about_texts(count: int, model: nn.Module, inputs: Mapping[Any, Any]) -> str:
     """Why names may not be those of the images: some texts have none of them, so that others must have several.
 
     Then as many names as images may just as well be one for each text.

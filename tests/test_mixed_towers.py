@@ -152,6 +152,16 @@ class TestDualEncoders:
         with pytest.raises(TypeError, match=r"adapter_names.*pass it to the PeftModel itself"):
             model.get_image_features(pixel_values=images(2), adapter_names=["a", "b"])
 
+    @pytest.mark.parametrize("counts", [[3, 1], [2, 2], [1, 2]])
+    @pytest.mark.parametrize("heads", [[], ["lm_head"]])
+    def test_copies_for_beams_are_not_taken_for_several_images(self, counts: list[int], heads: list[str]) -> None:
+        model = adapted(llava(), CONFIGS["deep"], heads=heads)
+        inputs = {"input_ids": texts_with_images(counts), "pixel_values": images(sum(counts))}
+        for number in (2, sum(counts)):
+            names = ["a", "b", "a", "b"][:number]
+            with pytest.raises(ValueError, match="no more than one image|one name for each of these"):
+                model.generate(**inputs, num_beams=2, max_new_tokens=2, adapter_names=names)
+
 
 class WindowedBlock(BareBlock):
     """Cuts its input into two windows in front of its norm."""
@@ -283,7 +293,7 @@ class TestSeveralImagesInASample:
 
     @pytest.mark.parametrize("beams", [{"num_beams": 2}, {"num_beams": 3, "num_return_sequences": 3}])
     def test_generating_with_beams_keeps_each_sample_with_its_adapter(self, beams: dict[str, int]) -> None:
-        model, names = self.model, ["a", "b", "__base__"]
+        model, names = adapted(llava(), CONFIGS["deep"], heads=["lm_head"]), ["a", "b", "__base__"]
         inputs = {"input_ids": texts_with_images([1] * 3), "pixel_values": images(3)}
         kwargs: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "output_scores": True}
         kwargs |= {"return_dict_in_generate": True, **beams}
