@@ -27,6 +27,7 @@ class TestNamesThatNoModuleHas:
             ("Classifier", "Is 'classifier' meant?"),
             ("classifier.", "Is 'classifier' meant?"),
             ("modules_to_save", "no module of the model has a name that ends like that"),
+            ("attention.q_proj", "no module of the model has a name that ends like that"),  # once it is adapted
         ],
     )
     def test_they_are_refused_with_the_nearest_one_and_nothing_is_changed(self, wanted, words):
