@@ -36,19 +36,9 @@ from .running_pass import running
 
 class E2VPTModel(BaseTuner):
     """
-    Creates an E²VPT model from a pretrained transformer: visual prompts and key-value prompts for a frozen backbone.
+    The tuner that `get_peft_model` puts around a backbone for an [`E2VPTConfig`]; `model.base_model` is this.
 
     The method is described in https://huggingface.co/papers/2307.13770.
-
-    Args:
-        model ([`torch.nn.Module`]): The model to be adapted.
-        config ([`E2VPTConfig`]): The configuration of the E²VPT model.
-        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
-        low_cpu_mem_usage (`bool`, `optional`, defaults to `False`):
-            Create empty adapter weights on meta device. Useful to speed up the loading process.
-
-    Returns:
-        `torch.nn.Module`: The model with prompts.
 
     Example:
 
@@ -62,10 +52,6 @@ class E2VPTModel(BaseTuner):
         >>> model = get_peft_model(model, E2VPTConfig(modules_to_save=["classifier"]))
         >>> model.print_trainable_parameters()
         ```
-
-    **Attributes**:
-        - **model** ([`~transformers.PreTrainedModel`]) -- The model to be adapted.
-        - **peft_config** ([`E2VPTConfig`]): The configuration of the E²VPT model.
     """
 
     prefix: str = PREFIX
@@ -167,7 +153,7 @@ class E2VPTModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """
-        Return the very backbone: prompts are taken out and `modules_to_save` are given back their original modules.
+        Return the original backbone: prompts are removed and `modules_to_save` are given back their original modules.
 
         In this it differs from PEFT, which leaves the trained `modules_to_save` in place.
         """
