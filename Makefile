@@ -33,7 +33,7 @@ lint: $(VENV)/.dev ## style, types, imports that point one way, dependencies, wo
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 
 docs: $(VENV)/.dev ## build the documentation, warnings are errors
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 docs-serve: $(VENV)/.dev
 	$(BIN)/mkdocs serve

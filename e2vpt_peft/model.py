@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
 from typing import Any, NoReturn
 
 import torch
@@ -28,7 +27,7 @@ from .loading.compatibility import (
     check_nothing_overwritten,
     check_saved_prompts,
 )
-from .loading.former_names import former_names, in_present_layout
+from .loading.former_names import former_names, target_present_layout
 from .mixed_batch import check_adapter_names, route_modules_to_save
 from .prompt_shapes import PREFIX
 from .route import Route
@@ -37,19 +36,9 @@ from .running_pass import running
 
 class E2VPTModel(BaseTuner):
     """
-    Creates an E²VPT model from a pretrained transformer: visual prompts and key-value prompts for a frozen backbone.
+    The tuner that `get_peft_model` puts around a backbone for an [`E2VPTConfig`]; `model.base_model` is this.
 
     The method is described in https://huggingface.co/papers/2307.13770.
-
-    Args:
-        model ([`torch.nn.Module`]): The model to be adapted.
-        config ([`E2VPTConfig`]): The configuration of the E²VPT model.
-        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
-        low_cpu_mem_usage (`bool`, `optional`, defaults to `False`):
-            Create empty adapter weights on meta device. Useful to speed up the loading process.
-
-    Returns:
-        `torch.nn.Module`: The model with prompts.
 
     Example:
 
@@ -63,10 +52,6 @@ class E2VPTModel(BaseTuner):
         >>> model = get_peft_model(model, E2VPTConfig(modules_to_save=["classifier"]))
         >>> model.print_trainable_parameters()
         ```
-
-    **Attributes**:
-        - **model** ([`~transformers.PreTrainedModel`]) -- The model to be adapted.
-        - **peft_config** ([`E2VPTConfig`]): The configuration of the E²VPT model.
     """
 
     prefix: str = PREFIX
@@ -105,12 +90,16 @@ class E2VPTModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put an adapter into the model, as [`~peft.tuners.tuners_utils.BaseTuner.inject_adapter`]."""
         check_adapter_name(model, adapter_name)
-        # A copy, because PEFT and this class write into it what they find in this model, and the user may want to put
-        # an adapter of the same configuration into another one.
-        config = copy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
         assert isinstance(config, E2VPTConfig)
-        self.peft_config[adapter_name] = in_present_layout(config, model)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # The user's own object, into which PEFT and this class write what they find in the model.
+        before = vars(config).copy()
+        try:
+            target_present_layout(config, model)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            vars(config).update(before)
+            raise
         route_modules_to_save(model)
 
     def _create_and_replace(
@@ -164,7 +153,7 @@ class E2VPTModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """
-        Return the very backbone: prompts are taken out and `modules_to_save` are given back their original modules.
+        Return the original backbone: prompts are removed and `modules_to_save` are given back their original modules.
 
         In this it differs from PEFT, which leaves the trained `modules_to_save` in place.
         """
