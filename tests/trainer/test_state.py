@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from e2vpt_peft.trainer.state import FOLDER, RECORDS, SearchState, on_main_process
+from e2vpt_peft.trainer.processes import on_main_process
+from e2vpt_peft.trainer.state import FOLDER, RECORDS, SearchState
 
 SETTINGS = {"seed": 1, "token_rates": [0.5]}
 
