@@ -42,9 +42,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
+from transformers.trainer_utils import EvalPrediction
 
 from e2vpt_peft import E2VPTConfig, E2VPTTrainer, ModelCardTrainer, PruningConfig
+from e2vpt_peft.trainer import last_whole_checkpoint
 
 HERE = Path(__file__).parent
 
@@ -468,7 +469,7 @@ def checkpoint_to_resume(args: TrainingArguments, prune: bool) -> str | bool | N
         return wanted
     if prune:
         return True  # E2VPTTrainer knows where it was
-    return get_last_checkpoint(args.output_dir) if Path(args.output_dir or "").is_dir() else None
+    return last_whole_checkpoint(args.output_dir)
 
 
 def settle(args: Arguments) -> None:

@@ -12,50 +12,15 @@ from transformers import TrainingArguments
 from ..config import E2VPTConfig
 
 HARMLESS = frozenset(
-    [
-        "output_dir",
-        "run_name",
-        "project",
-        "report_to",
-        "trackio_space_id",
-        "trackio_bucket_id",
-        "trackio_static_space_id",
-        "logging_dir",
-        "logging_strategy",
-        "logging_steps",
-        "logging_first_step",
-        "logging_nan_inf_filter",
-        "log_level",
-        "log_level_replica",
-        "log_on_each_node",
-        "disable_tqdm",
-        "include_num_input_tokens_seen",
-        "skip_memory_metrics",
-        "debug",
-        "push_to_hub",
-        "hub_model_id",
-        "hub_strategy",
-        "hub_token",
-        "hub_private_repo",
-        "hub_always_push",
-        "hub_revision",
-        "save_total_limit",
-        "save_on_each_node",
-        "save_only_model",
-        "enable_jit_checkpoint",
-        "ignore_data_skip",
-        "resume_from_checkpoint",
-        "restore_callback_states_from_checkpoint",
-        "do_train",
-        "do_eval",
-        "do_predict",
-        "local_rank",
-        "ddp_timeout",
-        "dataloader_pin_memory",
-        "dataloader_prefetch_factor",
-        "dataloader_multiprocessing_context",
-        "torch_empty_cache_steps",
-    ]
+    """
+    output_dir run_name project report_to trackio_space_id trackio_bucket_id trackio_static_space_id logging_dir
+    logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_level log_level_replica
+    log_on_each_node disable_tqdm include_num_input_tokens_seen skip_memory_metrics debug push_to_hub
+    hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision save_total_limit
+    save_on_each_node save_only_model enable_jit_checkpoint ignore_data_skip resume_from_checkpoint
+    restore_callback_states_from_checkpoint do_train do_eval do_predict local_rank ddp_timeout
+    dataloader_pin_memory dataloader_prefetch_factor dataloader_multiprocessing_context torch_empty_cache_steps
+    """.split()  # noqa: SIM905  (a line for each would be long)
 )
 """Training arguments on which no result depends: where files go, what is logged and pushed; how checkpoints are kept
 and resumed; what a search does not read, or what changes its speed alone."""
@@ -64,16 +29,9 @@ OF_CHECKPOINTS = frozenset({"save_strategy", "save_steps"})
 """Harmless as well, unless the best checkpoint is loaded at the end."""
 
 NO_SETTINGS = frozenset(
-    [
-        "token_mask",
-        "segment_mask",
-        "backbone",
-        "inference_mode",
-        "base_model_name_or_path",
-        "revision",
-        "peft_version",
-        "auto_mapping",
-    ]
+    """
+    token_mask segment_mask backbone inference_mode base_model_name_or_path revision peft_version auto_mapping
+    """.split()  # noqa: SIM905  (a line for each would be long)
 )
 """Fields of an adapter's configuration that are no settings: masks, which the state of a search has, and where the
 adapter comes from."""

@@ -1,4 +1,4 @@
-"""SIGKILL, SIGTERM and SIGINT at random moments of a search and of saving: what comes out is what comes out undisturbed.
+"""SIGKILL, SIGTERM and SIGINT at random moments of a search and of saving: the result is that of an undisturbed run.
 
 As a script: `python -m tests.soak.kill --kills 200 --saves 200`. Children are forked, since importing takes longer
 than a search.
