@@ -60,8 +60,8 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 def describe_backbone(adapter: PromptedAdapter) -> dict[str, Any]:
     """What does not change in a search: the backbone's configuration, its modules and its frozen weights.
 
-    Of each parameter the sum of its values is taken, as integers of its bits, on its device: at the speed of its
-    memory, and the same everywhere. Weights in another order within one parameter are not told apart.
+    Of each parameter a weighted sum of its values is taken, as integers of their bits: exact, and on its device, at
+    the speed of its memory.
     """
     config = getattr(adapter.backbone, "config", None)
     fields = config.to_dict() if isinstance(config, PreTrainedConfig) else {}
@@ -95,12 +95,17 @@ def _frozen(adapter: PromptedAdapter) -> Iterator[tuple[str, torch.nn.Parameter]
 
 
 def _sum(parameter: torch.Tensor) -> int | None:
-    """The sum of the bits; none of weights that are elsewhere (offloaded) or packed by a quantiser of its own."""
+    """The sum of the bits; none of weights that are elsewhere (offloaded) or packed by a quantiser of its own.
+
+    Each element counts by its place, or changes could cancel each other.
+    """
     if parameter.is_meta:
         return None
     try:
         tensor = parameter.detach().contiguous()
-        return int(tensor.view(_OF_SIZE[tensor.element_size()]).sum(dtype=torch.int64))
+        elements = tensor.view(_OF_SIZE[tensor.element_size()]).flatten()
+        places = torch.arange(1, len(elements) + 1, device=tensor.device)
+        return int(places.mul_(elements).sum())
     except (KeyError, NotImplementedError, RuntimeError):
         return None
 

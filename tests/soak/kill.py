@@ -189,7 +189,7 @@ def kill_searches(folder: Path, kills: int, randomness: random.Random) -> dict[s
         target = folder / name / str(searches[name])
         while True:
             by = randomness.choice(SIGNALS)
-            wait = randomness.uniform(0, 0.7 * seconds[name])
+            wait = randomness.uniform(0, 0.3 * seconds[name])
             if not killed_after(wait, lambda: search(target, name), by=by):  # noqa: B023  (used at once)
                 break
             phases[phase_of(target)] += 1
