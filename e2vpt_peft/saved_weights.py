@@ -187,11 +187,11 @@ def check_layers(names: Iterable[str], expected: ExpectedWeights, where: str) ->
         in_one = expected.is_shallow and kind != KV_PROMPTS
         wanted = 1 if in_one else number
         if len(layers[kind]) != wanted and kind != SEGMENT_MASK:
-            without = sorted(found - layers[kind])
-            without = "" if in_one or not without else f" It has none for {some(without)}."
+            without = [] if in_one else sorted(found - layers[kind])
+            lacking = f" It has none for {some(without)}." if without else ""
             raise ValueError(
                 f"{where} has {kind} for {len(layers[kind])} layers, but by the configuration there should be "
-                f"{wanted}.{without} Those that are missing would be random: get the adapter anew. {NOTHING_LOADED}"
+                f"{wanted}.{lacking} Those that are missing would be random: get the adapter anew. {NOTHING_LOADED}"
             )
 
 

@@ -80,7 +80,8 @@ def check_other_method(other: PeftConfig | None, config: PeftConfig, adapter_nam
     """
     if other is None or isinstance(other, E2VPTConfig):
         return
-    refusal = f"adapter_name={adapter_name!r} is also the name of a {str(other.peft_type.value)} adapter of the model"
+    method = getattr(other.peft_type, "value", other.peft_type)
+    refusal = f"adapter_name={adapter_name!r} is also the name of a {method} adapter of the model"
     heads = set(getattr(other, "modules_to_save", None) or []) - set(getattr(config, "modules_to_save", None) or [])
     if heads:
         raise ValueError(

@@ -26,7 +26,8 @@ class TestCode:
         )
         model = adapted(backbone)
         model.save_pretrained(tmp_path / "adapter")
-        assert run_snippet(card(model, tmp_path / "adapter")) in (names or ["LABEL_0", "LABEL_1", "LABEL_2"])
+        text = card(model, tmp_path / "adapter", base_model=str(tmp_path / "backbone"))
+        assert run_snippet(text) in (names or ["LABEL_0", "LABEL_1", "LABEL_2"])
 
     def test_it_runs_for_an_adapter_in_a_subfolder(self, tmp_path: Path) -> None:
         tiny_vit().vit.save_pretrained(tmp_path / "backbone")
@@ -34,7 +35,7 @@ class TestCode:
         config = E2VPTConfig(num_visual_prompts=2, num_segments=4)
         model = get_peft_model(backbone, config, adapter_name="flowers")
         model.save_pretrained(tmp_path / "adapter")
-        text = card(model, tmp_path / "adapter")
+        text = card(model, tmp_path / "adapter", base_model=str(tmp_path / "backbone"))
         assert run_snippet(text) == "" and "ViTModel" in text
 
     def test_many_classes_are_not_listed(self, tmp_path: Path) -> None:
