@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from math import prod
 
@@ -84,7 +85,7 @@ class PromptedAdapter:
 
     @property
     def config(self) -> E2VPTConfig:
-        """The configuration, which all layers share with `model.peft_config`."""
+        """The configuration, the one object that `model.peft_config` and all layers have."""
         return self.layers[0].adapter_configs[self.name]
 
     @property
@@ -102,9 +103,22 @@ class PromptedAdapter:
         """
         # The masks in the config say how the parameters are to be read: all are read before any mask changes.
         values = [layer.full_prompts(self.name) for layer in self.visual_layers]
-        masks.write_to(self.config)
+        # Other adapters, and other models, may have been made of the same config: theirs are not pruned.
+        config = copy(self.config)
+        masks.write_to(config)
+        self._set_config(config)
         for layer, prompts in zip(self.visual_layers, values):
             layer.set_visual_prompts(self.name, prompts)
+
+    def _set_config(self, config: E2VPTConfig) -> None:
+        """Put another configuration into the place of the adapter's, in `peft_config` and in all layers."""
+        former = self.config
+        for module in self.model.modules():
+            configs = getattr(module, "peft_config", {})
+            if configs.get(self.name) is former:
+                configs[self.name] = config
+        for layer in self.layers:
+            layer.adapter_configs[self.name] = config
 
     @property
     def is_shallow(self) -> bool:

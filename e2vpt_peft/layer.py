@@ -31,14 +31,14 @@ KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 class E2VPTLayer(nn.Module, BaseTunerLayer):
     """A self-attention module with the prompts of every adapter.
 
-    Deep visual prompts `P` of layer `l` are thrown away behind it, so that all they do is to be attended to. With the
-    norm in front of the attention and its projections, they are exactly the prefix `[k(norm(P)) ; K]`, `[v(norm(P)) ;
-    V]`, and key-value prompts are the same thing without norm and projection (equations 3 and 5 of the paper). Both
-    are computed here; how they reach the attention is the business of [`~e2vpt_peft.attention`].
+    The outputs of deep visual prompts `P` are discarded after their layer, so image tokens only ever attend to them.
+    That makes them extra keys and values: the prefix `[k(norm(P)) ; K]`, `[v(norm(P)) ; V]`, with the norm in front of
+    the attention and its projections. Key-value prompts are the same without norm and projection (equations 3 and 5 of
+    the paper). Both are computed here; [`~e2vpt_peft.attention`] brings them to the attention.
 
-    With `output_attentions=True` (eager attention), the columns of an attention map are, in this order: for every
-    active adapter its deep visual prompts, then its key-value prompts; after those the tokens of the sequence.
-    Shallow visual prompts are tokens of the sequence, behind the special tokens, and have rows as well.
+    With `output_attentions=True` (eager attention), the columns of an attention map are, for every active adapter, its
+    deep visual prompts and its key-value prompts, then the tokens of the sequence. Shallow visual prompts are tokens
+    of the sequence, behind the special tokens, and have rows as well.
 
     Args:
         base_layer (`nn.Module`): The self-attention module.
@@ -52,6 +52,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.site = site
+        self.in_features = self.out_features = site.hidden_size  # of the hidden states, as every PEFT layer says
         self.e2vpt_visual_prompts = nn.ParameterDict()
         self.e2vpt_kv_prompts = nn.ParameterDict()
         self.adapter_configs: dict[str, E2VPTConfig] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import copy
 from functools import partial
 from typing import Any, NoReturn
 
@@ -23,7 +22,7 @@ from .attention.tokens import TokenInsertion, find_stack
 from .config import E2VPTConfig
 from .layer import CANNOT_MERGE, E2VPTLayer
 from .loading.compatibility import check_adapter_name, check_model, check_other_method
-from .loading.former_names import in_present_layout
+from .loading.former_names import target_present_layout
 from .loading.weights import (
     check_before_saving,
     check_heads,
@@ -44,19 +43,9 @@ from .utils.structure import Structure
 
 class E2VPTModel(BaseTuner):
     """
-    Creates an E²VPT model from a pretrained transformer: visual prompts and key-value prompts for a frozen backbone.
+    The tuner that `get_peft_model` puts around a backbone for an [`E2VPTConfig`]; `model.base_model` is this.
 
     The method is described in https://huggingface.co/papers/2307.13770.
-
-    Args:
-        model ([`torch.nn.Module`]): The model to be adapted.
-        config ([`E2VPTConfig`]): The configuration of the E²VPT model.
-        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
-        low_cpu_mem_usage (`bool`, `optional`, defaults to `False`):
-            Create empty adapter weights on meta device. Useful to speed up the loading process.
-
-    Returns:
-        `torch.nn.Module`: The model with prompts.
 
     Example:
 
@@ -70,10 +59,6 @@ class E2VPTModel(BaseTuner):
         >>> model = get_peft_model(model, E2VPTConfig(modules_to_save=["classifier"]))
         >>> model.print_trainable_parameters()
         ```
-
-    **Attributes**:
-        - **model** ([`~transformers.PreTrainedModel`]) -- The model to be adapted.
-        - **peft_config** ([`E2VPTConfig`]): The configuration of the E²VPT model.
     """
 
     prefix: str = PREFIX
@@ -134,16 +119,15 @@ class E2VPTModel(BaseTuner):
         If that fails, the model is what it was.
         """
         check_adapter_name(model, adapter_name)
-        # A copy, because PEFT and this class write into it what they find in this model, and the user may want to put
-        # an adapter of the same configuration into another one.
-        config = copy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
         assert isinstance(config, E2VPTConfig)
         saved: SavedWeights | None = vars(config).pop("saved_weights", None)
-        self.peft_config[adapter_name] = in_present_layout(config, model)
         layers = [module for module in model.modules() if isinstance(module, E2VPTLayer)]
-        structure = Structure(model, [self, *(way_in for layer in layers for way_in in layer.ways_in)])
+        # The user's own configuration, too: PEFT and this class write into it what they find in the model.
+        structure = Structure(model, [self, config, *(way_in for layer in layers for way_in in layer.ways_in)])
         self._saved_weights = saved
         try:
+            target_present_layout(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             route_modules_to_save(model)
         except Exception:
@@ -209,7 +193,7 @@ class E2VPTModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """
-        Return the very backbone: prompts are taken out and `modules_to_save` are given back their original modules.
+        Return the original backbone: prompts are removed and `modules_to_save` are given back their original modules.
 
         In this it differs from PEFT, which leaves the trained `modules_to_save` in place.
         """

