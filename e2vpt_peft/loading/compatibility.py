@@ -290,8 +290,8 @@ def check_backbone_sizes(config: E2VPTConfig, found: Mapping[str, Any]) -> None:
     if differences:
         misfit = explain_misfit(differences, config.base_model_name_or_path)
         raise ValueError(
-            f"{misfit} If the adapter is a new one, give it a new configuration: this one belongs to the model that it "
-            "was used with first."
+            f"{misfit} If the adapter is a new one, give it a new configuration: this one belongs to the model that "
+            "it was used with first."
         )
 
 
