@@ -21,18 +21,11 @@ from .attention.targets import explain_no_default_targets, find_default_targets
 from .attention.tokens import TokenInsertion, find_stack
 from .config import E2VPTConfig
 from .layer import CANNOT_MERGE, E2VPTLayer
-from .loading.compatibility import check_adapter_name, check_model, check_other_method
+from .loading.adapter_name import check_adapter_name, check_other_method
+from .loading.compatibility import check_model
 from .loading.former_names import target_present_layout
-from .loading.weights import (
-    check_before_saving,
-    check_heads,
-    check_nothing_overwritten,
-    check_prompts,
-    check_values,
-    prompts_in,
-    prompts_to_come,
-    refuse_other_sizes_before_loading,
-)
+from .loading.saved_heads import check_heads, check_nothing_overwritten, refuse_other_sizes_before_loading
+from .loading.saved_prompts import check_before_saving, check_prompts, check_values, prompts_in, prompts_to_come
 from .mixed_batch import check_adapter_names, route_modules_to_save
 from .prompt_shapes import PREFIX
 from .route import Route

@@ -6,9 +6,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 
-from e2vpt_peft.loading.weights import (
-    check_head_sizes,
-    check_nothing_overwritten,
+from e2vpt_peft.loading.saved_prompts import (
     check_prompts,
     check_values,
     prompts_in,
@@ -76,20 +74,3 @@ def test_values_that_are_not_finite_and_numbers_that_are_no_floats_are_refused()
     for dtype in (torch.int64, torch.bool, torch.complex64):
         with pytest.raises(ValueError, match=f"'a.e2vpt_kv_prompts' has type {dtype}"):
             check_values({"a.e2vpt_kv_prompts": torch.ones(3, dtype=dtype)}, config)
-
-
-def test_what_would_overwrite_the_model_or_another_adapter_is_refused() -> None:
-    model = adapted()
-    own = [f"base_model.model.classifier.modules_to_save.default.{part}" for part in ("weight", "bias")]
-    check_nothing_overwritten(model, "default", [*shapes(adapted(modules_to_save=None)), *own, "nowhere"])
-    for name in ("base_model.model.vit.layernorm.weight", "vit.layernorm.weight", own[0]):
-        with pytest.raises(ValueError, match=f"has '.*{name}' .1 such tensors., .* overwrite the model"):
-            check_nothing_overwritten(model, "other", [name])
-
-
-def test_sizes_are_compared_where_both_have_the_weight() -> None:
-    check_head_sizes({"a": (1,), "b": (2,)}, {"a": (1,), "c": (3,)}, "here")
-    with pytest.raises(
-        ValueError, match=r"size mismatch for a: here has shape \(1,\), and this model \(2,\) \(1 such"
-    ):
-        check_head_sizes({"a": (1,)}, {"a": (2,)}, "here")
