@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 from transformers.utils import logging
@@ -76,7 +77,10 @@ class Folder:
 
     def write(self, path: Path) -> None:
         if self.files == "pickled":
-            torch.save(self.tensors, path / PICKLE)
+            try:
+                torch.save(self.tensors, path / PICKLE)
+            except SafetensorError:  # the bytes are damaged already
+                (path / PICKLE).write_bytes(self.weights)
         elif self.files == "a folder":
             (path / WEIGHTS).mkdir()
         elif self.files == "a dangling link":
