@@ -10,7 +10,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .attention.prefix import Prefix, WayIn
+from .attention.prefix import Prefix, WayIn, attending, is_traced_for_training
 from .attention.site import AttentionSite
 from .config import E2VPTConfig
 from .initialization import draw_prompts
@@ -78,8 +78,12 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
 
     @property
     def config(self) -> Any:
-        """The attention's own config, for attention implementations, which take this wrapper for the attention."""
-        return self.site.config
+        """The attention's own config, for attention implementations, which take this wrapper for the attention.
+
+        While the attention runs, the view of it that names the prefix, for a `forward` that takes this wrapper so.
+        """
+        current = attending(self)
+        return self.site.config if current is None or current.hands_over else self.base_layer.config
 
     @property
     def implementation(self) -> str:
@@ -332,6 +336,13 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> NoReturn:
         """Always raises: nothing is ever merged."""
         raise ValueError(CANNOT_MERGE)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the attention, by `forward` or by what somebody has put in its place, and see that prompts were used."""
+        if is_traced_for_training(self):
+            return super().__call__(*args, **kwargs)
+        with self.site.way_in.running(self):
+            return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the attention, with the prompts of the running forward pass."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 from .architectures import Architecture, architecture_of
 from .interception import PrefixMode, ProductsMode, SdpaMode, ThroughTorchFunctions, calls_sdpa
 from .interface import ThroughInterface, eager_attention_of
-from .prefix import WayIn
+from .prefix import WayIn, forwards_of
 
 # How attention modules name their parts, for any architecture.
 KEY_PROJECTIONS = ("k_proj", "key", "k_lin")
@@ -184,11 +185,15 @@ def find_attention_site(
 
 
 def _find_way_in(name: str, attention: nn.Module, architecture: Architecture | None) -> WayIn:
-    eager = eager_attention_of(attention)
+    eager: Callable[..., Any] | None = None
     mode: type[PrefixMode] | None = None
-    if eager is None and calls_sdpa(attention) and getattr(attention, "fused_attn", True):  # which is timm's switch
-        mode = SdpaMode
-    elif eager is None and architecture is not None and architecture.written_out:
+    for forward in forwards_of(attention):
+        eager = eager_attention_of(forward)
+        if eager is None and calls_sdpa(forward) and getattr(attention, "fused_attn", True):  # which is timm's switch
+            mode = SdpaMode
+        if eager is not None or mode is not None:
+            break
+    if eager is None and mode is None and architecture is not None and architecture.written_out:
         mode = ProductsMode
     if eager is None and mode is None:
         raise NotAdaptable(
@@ -205,12 +210,13 @@ def _find_way_in(name: str, attention: nn.Module, architecture: Architecture | N
     inputs = inspect.signature(type(attention).forward).parameters.keys()
     if inputs & CROSS_ATTENTION_INPUTS:
         raise NotAdaptable(name, attention, "which is cross-attention: E2VPT needs self-attention.")
+    known_as = f"'{name}' ({type(attention).__name__})"
     if eager is None:
         assert mode is not None
-        return ThroughTorchFunctions(mode, type(attention).__name__)
+        return ThroughTorchFunctions(mode, known_as)
     if not hasattr(attention, "config"):
         raise NotAdaptable(name, attention, "which has no config.")
-    return ThroughInterface(eager)
+    return ThroughInterface(eager, known_as)
 
 
 def _first_attribute(module: nn.Module, names: tuple[str, ...]) -> str | None:
