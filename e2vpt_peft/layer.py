@@ -83,7 +83,13 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         While the attention runs, the view of it that names the prefix, for a `forward` that takes this wrapper so.
         """
         current = attending(self)
-        return self.site.config if current is None or current.hands_over else self.base_layer.config
+        if current is not None and not current.hands_over:
+            return self.base_layer.config
+        return self.site.way_in.config(self.base_layer)
+
+    @config.setter
+    def config(self, config: Any) -> None:
+        self.site.way_in.set_config(self.base_layer, config)
 
     @property
     def implementation(self) -> str:
@@ -357,6 +363,40 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             if name.startswith("_") or name == "base_layer":
                 raise
             return getattr(self.base_layer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set what is not of this wrapper's own on the attention, which would not see it here."""
+        if name == "__class__" and not issubclass(value, E2VPTLayer):  # FSDP2 and others make a subclass of it
+            self.base_layer.__class__ = value
+        elif self._is_own(name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.base_layer, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_own(name):
+            super().__delattr__(name)
+        else:
+            delattr(self.base_layer, name)
+
+    def _is_own(self, name: str) -> bool:
+        """Whether an attribute is the wrapper's: its class has it, it had it when it was made, or it is private, by
+        which frameworks keep what they know of a module. `ways_in` is the last one to be set in `__init__`."""
+        own = self.__dict__
+        is_made = "ways_in" in own
+        return not is_made or name in own or name in own["_modules"] or name[0] == "_" or hasattr(type(self), name)
+
+    def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
+        """Register a buffer of the attention."""
+        self.base_layer.register_buffer(name, tensor, persistent)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter of the attention."""
+        self.base_layer.register_parameter(name, param)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add a submodule to the attention."""
+        self.base_layer.add_module(name, module)
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         raise RuntimeError(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import pickle
 import types
 
 import pytest
@@ -8,7 +10,7 @@ from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.vit.modeling_vit import eager_attention_forward
+from transformers.models.vit.modeling_vit import ViTAttention, eager_attention_forward
 
 from e2vpt_peft import E2VPTConfig, E2VPTLayer
 from e2vpt_peft.attention import prefix
@@ -166,7 +168,7 @@ def patched(forward, way, when):
 
 def change(attention, forward, way):
     if way == "class":
-        attention.__class__ = type("Patched", (type(attention),), {"forward": forward})
+        attention.__class__ = type("Patched", (ViTAttention,), {"forward": forward})
     elif way == "method":
         attention.forward = types.MethodType(forward, attention)
     else:  # a function that knows the module
@@ -177,7 +179,7 @@ WAYS = [
     (way, when)
     for way in ("class", "method", "function")
     for when in ("before", "after", "inside")
-    if (way, when) not in {("class", "before"), ("class", "after")}
+    if (way, when) != ("class", "before")
 ]
 
 
@@ -231,3 +233,55 @@ def test_an_attention_that_attends_twice_has_the_prefix_both_times():
     expected = patched(twice, "method", "never")
     expected.load_state_dict(model.state_dict())
     torch.testing.assert_close(model(images()).logits, expected(images()).logits)
+
+
+# What is set on the wrapper
+
+
+def test_what_is_set_on_the_adapted_module_reaches_the_attention():
+    model = adapt(tiny_vit())
+    attention = model.base_model.model.vit.layers[0].attention
+    expected = model(images()).logits
+    attention.scaling = 0.01
+    assert attention.base_layer.scaling == attention.scaling == 0.01
+    assert not torch.allclose(model(images()).logits, expected)
+
+    attention.k_proj, former = nn.Linear(32, 32), attention.k_proj
+    assert attention.base_layer.k_proj is attention.k_proj is not former
+    attention.register_buffer("seen", torch.zeros(1))
+    attention.note = "mine"
+    assert {"seen"} == set(attention.base_layer._buffers) and attention.base_layer.note == "mine"
+    del attention.note, attention.seen
+    assert not hasattr(attention.base_layer, "note") and not hasattr(attention, "seen")
+
+
+def test_what_is_the_wrappers_own_stays_there():
+    attention = first_layer(adapt(tiny_vit()))
+    attention.train()
+    attention.merged_adapters = ["x"]
+    attention._noted_by_a_framework = 1
+    assert not {"merged_adapters", "_noted_by_a_framework"} & set(vars(attention.base_layer))
+    attention.__class__ = type("Sharded", (type(attention),), {})
+    assert isinstance(attention, E2VPTLayer) and type(attention.base_layer).__name__ == "ViTAttention"
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_writes_through_to_its_own_attention(copied):
+    first = adapt(tiny_vit())
+    second = copied(first)
+    first_layer(second).scaling = 0.01
+    assert first_layer(first).scaling != 0.01 == first_layer(second).base_layer.scaling
+
+
+def test_one_attention_can_have_another_implementation():
+    model = adapt(tiny_vit())
+    attention, expected = first_layer(model), model(images()).logits
+    attention.config = copy.copy(attention.config)
+    attention.config._attn_implementation = "eager"
+    torch.testing.assert_close(model(images()).logits, expected)
+    assert [layer.implementation for layer in model.modules() if isinstance(layer, E2VPTLayer)] == [
+        "eager",
+        "sdpa",
+        "sdpa",
+    ]
+    assert model.unload().vit.layers[0].attention.config._attn_implementation == "eager"

@@ -52,11 +52,18 @@ class ThroughInterface(WayIn):
         self.attention = attention
 
     def attach(self, attention: nn.Module, source: PrefixSource) -> None:
-        attention.config = PrefixedConfig(source.config, source, self.eager)  # type: ignore[assignment]
+        attention.config = PrefixedConfig(attention.config, source, self.eager)  # type: ignore[assignment]
 
     def detach(self, attention: nn.Module) -> None:
+        attention.config = self.config(attention)
+
+    def config(self, attention: nn.Module) -> Any:
+        config: Any = attention.config
+        return config._config if isinstance(config, PrefixedConfig) else config
+
+    def set_config(self, attention: nn.Module, config: Any) -> None:
         view: Any = attention.config
-        attention.config = view._config
+        view._config = config
 
     def implementation(self, config: Any) -> str:
         implementation: str = config._attn_implementation

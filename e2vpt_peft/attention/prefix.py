@@ -6,7 +6,6 @@ import inspect
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -82,9 +81,7 @@ class Attending:
         _this_thread.attending = self
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         _this_thread.attending = self.outer
         if kind is None:
             self.check()
@@ -137,6 +134,14 @@ class WayIn:
         if is_traced_for_training(source) or attending(source) is not None or not source.has_prefix:
             return nullcontext()
         return Attending(source, self.attention, self.expected)
+
+    def config(self, attention: nn.Module) -> Any:
+        """The config that an attention would have without this way in, or `None`."""
+        return getattr(attention, "config", None)
+
+    def set_config(self, attention: nn.Module, config: Any) -> None:
+        """Give an attention another one."""
+        attention.config = config
 
     def implementation(self, config: Any) -> str:
         """The attention implementation, as transformers names it, that the prefix is handed over to."""

@@ -15,6 +15,7 @@ from .architectures import Architecture, architecture_of
 from .interception import PrefixMode, ProductsMode, SdpaMode, ThroughTorchFunctions, calls_sdpa
 from .interface import ThroughInterface, eager_attention_of
 from .prefix import WayIn, forwards_of
+from .quiet import quietly
 
 # How attention modules name their parts, for any architecture.
 KEY_PROJECTIONS = ("k_proj", "key", "k_lin")
@@ -96,7 +97,7 @@ class AttentionSite:
         norm = self.norm
         weight = getattr(norm, "weight", None)
         states = states.to(dtype if weight is None else weight.dtype)
-        return states if norm is None else norm(states)
+        return states if norm is None else quietly(norm, states)
 
     def project(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of normed states.
@@ -110,15 +111,16 @@ class AttentionSite:
         heads = (self.num_heads, self.head_size)
         key_projection, value_projection = self._part(self.key_projection), self._part(self.value_projection)
         if self.key_projection == self.value_projection:
-            _, keys, values = key_projection(normed).unflatten(-1, (3, *heads)).unbind(-3)
+            _, keys, values = quietly(key_projection, normed).unflatten(-1, (3, *heads)).unbind(-3)
         else:
-            keys, values = key_projection(normed).unflatten(-1, heads), value_projection(normed).unflatten(-1, heads)
+            keys = quietly(key_projection, normed).unflatten(-1, heads)
+            values = quietly(value_projection, normed).unflatten(-1, heads)
         if self.key_norm is not None:
             key_norm = self._part(self.key_norm)
             if isinstance(key_norm, nn.Identity) or key_norm.weight.numel() == self.head_size:
-                keys = key_norm(keys)
+                keys = quietly(key_norm, keys)
             else:  # over all heads together
-                keys = key_norm(keys.flatten(-2)).unflatten(-1, heads)
+                keys = quietly(key_norm, keys.flatten(-2)).unflatten(-1, heads)
         return keys, values
 
     def _part(self, name: str) -> Any:
