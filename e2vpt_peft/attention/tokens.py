@@ -90,6 +90,11 @@ class TokenInsertion(WayIn):
         mask = kwargs.get("attention_mask") if at is None else args[at]
         extended = self._extend_mask(mask, sources, hidden_states, hidden_states.shape[1] - inserted_before)
         if inserts_here:
+            if self.position > hidden_states.shape[1]:
+                raise ValueError(
+                    f"num_special_tokens={self.position} is beyond the {hidden_states.shape[1]} tokens of the "
+                    "sequence: set it to the number of tokens in front of the others."
+                )
             tokens = sources[-1].inserted_tokens(hidden_states.shape[0]).to(hidden_states.dtype)
             tokens = tokens.expand(hidden_states.shape[0], -1, -1)
             before, after = hidden_states[:, : self.position], hidden_states[:, self.position :]

@@ -121,3 +121,9 @@ def test_a_plain_model_without_a_config_takes_tokens(num_kv_prompts):
     expected = reference(torch.cat([x[:, :1], tokens.expand(2, -1, -1), x[:, 1:]], 1))
     torch.testing.assert_close(model(x), torch.cat([expected[:, :1], expected[:, 1 + len(tokens) :]], 1))
     assert not torch.allclose(model(x), bare(x))
+
+
+def test_a_place_beyond_the_sequence_is_an_error():
+    model = get_peft_model(tiny_vit(), E2VPTConfig(**SHALLOW, num_special_tokens=18)).eval()
+    with pytest.raises(ValueError, match="num_special_tokens=18 is beyond the 17 tokens"):
+        model(images())
