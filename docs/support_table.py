@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from e2vpt_peft.attention.architectures import ARCHITECTURES, MODALITIES, Architecture
+from e2vpt_peft.attention.architectures import (
+    ARCHITECTURES,
+    MODALITIES,
+    Architecture,
+)
 
 PAGE = Path(__file__).parent / "architectures.md"
 START, END = "<!-- made by docs/support_table.py -->", "<!-- end -->"
@@ -13,9 +17,14 @@ START, END = "<!-- made by docs/support_table.py -->", "<!-- end -->"
 def norm_of(architecture: Architecture) -> str:
     """The norm in front of the attention, in words."""
     if isinstance(architecture.norm, str):
-        return "none (post-norm)" if architecture.norm == "none" else f"`{architecture.norm}`"
+        return (
+            "none (post-norm)"
+            if architecture.norm == "none"
+            else f"`{architecture.norm}`"
+        )
     return ", ".join(
-        f"{'none' if norm == 'none' else f'`{norm}`'} (`{layer}`)" for layer, norm in architecture.norm.items()
+        f"{'none' if norm == 'none' else f'`{norm}`'} (`{layer}`)"
+        for layer, norm in architecture.norm.items()
     )
 
 
@@ -35,7 +44,10 @@ def shallow_of(architecture: Architecture) -> str:
 
 def table() -> str:
     """One line for each architecture."""
-    lines = ["| model type | attention | norm in front of it | shallow prompts |", "|---|---|---|---|"]
+    lines = [
+        "| model type | attention | norm in front of it | shallow prompts |",
+        "|---|---|---|---|",
+    ]
     for modality in MODALITIES:
         lines.append(f"| **{modality}** | | | |")
         for name, architecture in ARCHITECTURES.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from math import prod
 
@@ -14,6 +15,7 @@ from .config import E2VPTConfig
 from .layer import E2VPTLayer
 from .masks import PromptMasks
 from .prompt_shapes import prompt_shapes
+from .running_pass import Passes
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -84,8 +86,13 @@ class PromptedAdapter:
 
     @property
     def config(self) -> E2VPTConfig:
-        """The configuration, which all layers share with `model.peft_config`."""
+        """The configuration, the one object that `model.peft_config` and all layers have."""
         return self.layers[0].adapter_configs[self.name]
+
+    @property
+    def passes(self) -> Passes:
+        """The running forward passes of the model."""
+        return self.layers[0].passes
 
     @property
     def masks(self) -> PromptMasks:
@@ -99,12 +106,29 @@ class PromptedAdapter:
 
         Args:
             masks ([`PromptMasks`]): For the visual prompts that the adapter had when it was made.
+
+        Raises:
+            ValueError: They keep nothing, which no file can hold. Nothing is changed.
         """
+        masks.check_not_empty()
         # The masks in the config say how the parameters are to be read: all are read before any mask changes.
         values = [layer.full_prompts(self.name) for layer in self.visual_layers]
-        masks.write_to(self.config)
+        # Other adapters, and other models, may have been made of the same config: theirs are not pruned.
+        config = copy(self.config)
+        masks.write_to(config)
+        self._set_config(config)
         for layer, prompts in zip(self.visual_layers, values):
             layer.set_visual_prompts(self.name, prompts)
+
+    def _set_config(self, config: E2VPTConfig) -> None:
+        """Put another configuration into the place of the adapter's, in `peft_config` and in all layers."""
+        former = self.config
+        for module in self.model.modules():
+            configs = getattr(module, "peft_config", {})
+            if configs.get(self.name) is former:
+                configs[self.name] = config
+        for layer in self.layers:
+            layer.adapter_configs[self.name] = config
 
     @property
     def is_shallow(self) -> bool:

@@ -27,6 +27,11 @@ class E2VPTConfig(PeftConfig):
 
     The defaults are the setting that the paper (https://huggingface.co/papers/2307.13770) uses most.
 
+    PEFT keeps the object that it is given, `model.peft_config["default"] is config`, and what is found in the model is
+    written into it: `target_modules` if there were none, and `backbone`. One object can serve several adapters, of one
+    model or of models of the same architecture and sizes. Pruning gives the pruned adapter a configuration of its own,
+    which `model.peft_config` has from then on. Another backbone needs a new object.
+
     Args:
         num_visual_prompts (`int`, defaults to `10`):
             Visual prompts, learnable tokens beside the image tokens: per layer when deep, in all when shallow. `0` for
@@ -234,6 +239,7 @@ class E2VPTConfig(PeftConfig):
             _check_mask("token_mask", self.token_mask, [self.num_visual_prompts])
         if self.segment_mask is not None:
             _check_mask("segment_mask", self.segment_mask, [self.num_visual_prompts, self.num_segments])
+            PromptMasks.of(self).check_not_empty()
         if isinstance(self.target_modules, (list, tuple, set)):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, (list, tuple, set)):

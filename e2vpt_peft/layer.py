@@ -18,7 +18,7 @@ from .masks import PromptMasks
 from .mixed_batch import RoutedModulesToSave
 from .prompt_shapes import KV_PROMPTS, VISUAL_PROMPTS, prompt_shapes
 from .route import Route
-from .running_pass import running, running_pass
+from .running_pass import Passes
 
 CANNOT_MERGE = (
     "E2VPT adapters cannot be merged: prompts are extra keys and values in the attention, to which no change of the "
@@ -31,14 +31,14 @@ KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 class E2VPTLayer(nn.Module, BaseTunerLayer):
     """A self-attention module with the prompts of every adapter.
 
-    Deep visual prompts `P` of layer `l` are thrown away behind it, so that all they do is to be attended to. With the
-    norm in front of the attention and its projections, they are exactly the prefix `[k(norm(P)) ; K]`, `[v(norm(P)) ;
-    V]`, and key-value prompts are the same thing without norm and projection (equations 3 and 5 of the paper). Both
-    are computed here; how they reach the attention is the business of [`~e2vpt_peft.attention`].
+    The outputs of deep visual prompts `P` are discarded after their layer, so image tokens only ever attend to them.
+    That makes them extra keys and values: the prefix `[k(norm(P)) ; K]`, `[v(norm(P)) ; V]`, with the norm in front of
+    the attention and its projections. Key-value prompts are the same without norm and projection (equations 3 and 5 of
+    the paper). Both are computed here; [`~e2vpt_peft.attention`] brings them to the attention.
 
-    With `output_attentions=True` (eager attention), the columns of an attention map are, in this order: for every
-    active adapter its deep visual prompts, then its key-value prompts; after those the tokens of the sequence.
-    Shallow visual prompts are tokens of the sequence, behind the special tokens, and have rows as well.
+    With `output_attentions=True` (eager attention), the columns of an attention map are, for every active adapter, its
+    deep visual prompts and its key-value prompts, then the tokens of the sequence. Shallow visual prompts are tokens
+    of the sequence, behind the special tokens, and have rows as well.
 
     Args:
         base_layer (`nn.Module`): The self-attention module.
@@ -52,6 +52,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.site = site
+        self.in_features = self.out_features = site.hidden_size  # of the hidden states, as every PEFT layer says
         self.e2vpt_visual_prompts = nn.ParameterDict()
         self.e2vpt_kv_prompts = nn.ParameterDict()
         self.adapter_configs: dict[str, E2VPTConfig] = {}
@@ -62,6 +63,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self.passes = Passes()  # the tuner replaces it by one that all layers of the model share
         self.training = base_layer.training
         self.ways_in: list[WayIn] = []
         self.attach(site.way_in)
@@ -210,7 +212,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             dtype = rows[0][0].dtype
             keys.append(_cat([row[0].to(dtype) for row in rows]))
             values.append(_cat([row[1].to(dtype) for row in rows]))
-        current = running_pass()
+        current = self.passes.current
         if current.route is None:
             prefix = Prefix(_cat(keys), _cat(values))
             return prefix if current.edit_prefix is None else current.edit_prefix(self, prefix, batch_size)
@@ -223,14 +225,14 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         counts = self._inserted_counts()
         if self.disable_adapters or not any(counts):
             return 0
-        return sum(counts) if running_pass().route is None else max(counts)
+        return sum(counts) if self.passes.current.route is None else max(counts)
 
     def inserted_tokens(self, batch_size: int) -> torch.Tensor:
         """Shallow visual prompts of the running forward pass, (batch size or 1, number, hidden size)."""
         samples = self._prompt_samples(batch_size)
         adapters = self._running_adapters()
         prompts = {name: self._visual_prompts(name, samples) for name in adapters if self._is_inserted(name)}
-        route = running_pass().route
+        route = self.passes.current.route
         if route is None:
             return torch.cat(list(prompts.values()), 1)
         nothing = next(iter(prompts.values()))[:, :0]
@@ -239,7 +241,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
     def inserted_visibility(self, batch_size: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Which of [`inserted_tokens`] each sample may see, and what is added to their attention scores, both (batch
         size, number), or `None` for all and for nothing."""
-        current = running_pass()
+        current = self.passes.current
         if current.route is None:
             return None, None if current.token_bias is None else current.token_bias.expand(batch_size, -1)
         device, _ = self._get_base_layer_device_and_dtype(self.base_layer)
@@ -250,7 +252,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         return [self._num_kept(name) if self._is_inserted(name) else 0 for name in adapters]
 
     def _running_adapters(self) -> list[str]:
-        route = running_pass().route
+        route = self.passes.current.route
         return self.active_adapters if route is None else route.adapters
 
     def _is_shallow(self, adapter_name: str) -> bool:
@@ -300,11 +302,11 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         """Keys and values of each adapter's visual prompts, each (samples, number of prompts, heads, head size)"""
         if not prompts:
             return {}
-        if running_pass().route is None or not isinstance(self.site.norm, RoutedModulesToSave):
+        if self.passes.current.route is None or not isinstance(self.site.norm, RoutedModulesToSave):
             return self._project_together(prompts, dtype)
         projected = {}
         for name, part in prompts.items():  # each through its own norm
-            with running(route=Route([name])):
+            with self.passes.running(route=Route([name])):
                 projected.update(self._project_together({name: part}, dtype))
         return projected
 

@@ -3,6 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import (
+    DetrConfig,
+    DetrForObjectDetection,
+    ResNetConfig,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+)
 
 from e2vpt_peft import E2VPTConfig, check_prefix
 from e2vpt_peft.attention import site
@@ -12,6 +19,27 @@ from .support.adapted import adapt, inputs, make
 from .support.bare import Bare
 from .support.models import images, tiny_vit
 from .support.zoo import HEADS, ZOO
+
+
+def swinv2():
+    return make("swinv2")
+
+
+def segformer():
+    config = SegformerConfig(
+        depths=[1] * 4, hidden_sizes=[16] * 4, num_attention_heads=[1, 2, 2, 4], decoder_hidden_size=16
+    )
+    return SegformerForSemanticSegmentation(config)
+
+
+def detr():
+    backbone = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, layer_type="basic", out_features=["stage4"]
+    )
+    layers = {f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    return DetrForObjectDetection(
+        DetrConfig(backbone_config=backbone, use_timm_backbone=False, d_model=32, num_queries=5, **layers)
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in [*ZOO, *HEADS] if name != "swinv2"])
@@ -35,18 +63,33 @@ def _hooks(model):
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
-def test_it_says_so_where_no_tokens_can_be_inserted():
-    model = adapt(make("swinv2"))
-    with pytest.raises(ValueError, match="No tokens can be inserted into the attentions of this model to compare"):
-        check_prefix(model, inputs("swinv2"))
-    assert _hooks(model) == 0
+@pytest.mark.parametrize("make_model", [swinv2, segformer])
+def test_it_says_so_where_no_tokens_can_be_inserted(make_model):
+    model = adapt(make_model(), **({"target_modules": ["attention"]} if make_model is segformer else {}))
+    pixel_values = torch.rand(2, 3, 64, 64)
+    model(pixel_values)
+    before = _hooks(model)  # transformers' own, which record hidden states
+    with pytest.raises(ValueError, match="cannot judge this model: S.*Attention takes no tokens beside its own, so"):
+        check_prefix(model, {"pixel_values": pixel_values})
+    assert _hooks(model) == before
+
+
+def test_errors_of_the_model_itself_are_its_own():
+    with pytest.raises(ValueError, match="channel dimension of the pixel values"):
+        check_prefix(adapt(tiny_vit()), {"pixel_values": images()[:, :1]})
+
+
+def test_it_knows_position_embeddings_that_are_added_to_queries_and_keys():
+    model = adapt(detr(), target_modules=r"model\.encoder\.layers\.\d+\.self_attn", attention_norm="none")
+    assert check_prefix(model, {"pixel_values": torch.rand(2, 3, 64, 64)}) < 1e-5
 
 
 def test_it_finds_a_wrong_norm():
     model = adapt(tiny_vit(), attention_norm="layernorm_after")
+    hooks = _hooks(model)
     with pytest.raises(ValueError, match="attention 'base_model.*' is not what its norm 'layernorm_after' gives"):
         check_prefix(model, {"pixel_values": images()})
-    assert _hooks(model) == 0
+    assert _hooks(model) == hooks
 
 
 def test_it_finds_a_norm_that_was_said_not_to_be_there():

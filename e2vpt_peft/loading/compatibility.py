@@ -44,7 +44,10 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
     """
     refusal = f"adapter_name={adapter_name!r} "
     if adapter_name in adapter_names(model):
-        raise ValueError(refusal + "is the name of an adapter that the model has already.")
+        raise ValueError(
+            f"Adapter with name '{adapter_name}' already exists. Choose another adapter_name, or delete that adapter "
+            "first."
+        )
     if adapter_name == BASE_MODEL:
         raise ValueError(refusal + "stands for the model without an adapter: choose another name.")
     if not adapter_name or "." in adapter_name:
@@ -158,7 +161,7 @@ def _check_tokens_can_be_inserted(model: nn.Module, sites: Mapping[str, Attentio
                 f"({type(site.attention).__name__}), whose windows or positions would not fit. Use "
                 "visual_prompt_depth='deep'."
             )
-    stacks = {id(find_stack(model, name)[0]) for name in sites}
+    stacks = {id(find_stack(model, name).layers) for name in sites}
     if len(stacks) > 1:
         raise ValueError(
             f"visual_prompt_depth='shallow': the targets {list(sites)} stand in {len(stacks)} stacks of layers, but "
@@ -201,7 +204,10 @@ def check_backbone_sizes(config: E2VPTConfig, found: Mapping[str, Any]) -> None:
         if name in made_for and name in found and made_for[name] != found[name]
     ]
     if differences:
-        raise ValueError(_misfit(differences, config.base_model_name_or_path))
+        raise ValueError(
+            f"{_misfit(differences, config.base_model_name_or_path)} If the adapter is a new one, give it a new "
+            "configuration: this one belongs to the model that it was used with first."
+        )
 
 
 def check_saved_prompts(

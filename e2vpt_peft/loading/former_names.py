@@ -7,8 +7,6 @@ tables, which know the projections beside them. PEFT does the same for LoRA only
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
@@ -54,18 +52,18 @@ def former_names(model: nn.Module) -> dict[str, str]:
     return {former: name for former, name in names.items() if former not in present}
 
 
-def in_present_layout(config: E2VPTConfig, model: nn.Module) -> E2VPTConfig:
-    """The configuration with its targets in the layout of `model`, if they are those of a former one.
+def target_present_layout(config: E2VPTConfig, model: nn.Module) -> None:
+    """Write targets of a former layout into the configuration as they are called in `model`.
 
     Args:
         config ([`E2VPTConfig`]): The configuration of an adapter.
         model (`nn.Module`): The model that it goes into.
     """
     if config.target_modules is None:
-        return config
+        return
     if any(check_target_module_exists(config, name) for name, _ in model.named_modules() if name):
-        return config
-    targets = [name for former, name in former_names(model).items() if check_target_module_exists(config, former)]
-    if not targets:
-        return config
-    return replace(config, target_modules=targets, exclude_modules=None, layers_to_transform=None, layers_pattern=None)
+        return
+    targets = {name for former, name in former_names(model).items() if check_target_module_exists(config, former)}
+    if targets:
+        config.target_modules = targets  # type: ignore[assignment]
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None

@@ -1,4 +1,4 @@
-"""Pictures of adapters and of pruning results. Needs matplotlib: `pip install 'e2vpt-peft[plots]'`."""
+"""Pictures of adapters and of pruning results. Needs matplotlib."""
 
 from .attention_maps import plot_attention_on_image, plot_attention_to_prompts
 from .candidates import plot_candidates

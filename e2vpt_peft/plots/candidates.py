@@ -31,7 +31,7 @@ def plot_candidates(results: dict[str, Any] | str | PathLike[str]) -> Figure:
         >>> plot_candidates("out/pruning_results.json").savefig("candidates.png")
         ```
     """
-    figure = new_figure(6, 4)
+    figure = new_figure(6.5, 4.2)
     table: dict[str, Any] = results if isinstance(results, dict) else json.loads(Path(results).read_text())
     unpruned, *candidates = table["candidates"]
     # Candidates that dropped out early were trained for less and are no fair comparison.
@@ -45,9 +45,9 @@ def plot_candidates(results: dict[str, Any] | str | PathLike[str]) -> Figure:
     best = [row for row in table["candidates"] if row["name"] == table["best"]]
     axes.plot(*_points(best), "o", markersize=12, fillstyle="none", color="tab:red", label="kept")
     axes.set_xlabel("parameters of the prompts")
-    axes.set_ylabel(table["metric"])
+    axes.set_ylabel(table["metric"].replace("eval_", "validation "))
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 

@@ -85,7 +85,7 @@ def _project(values: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, tu
         from sklearn.decomposition import PCA
         from sklearn.manifold import TSNE
     except ImportError as error:
-        raise ImportError("plot_features needs scikit-learn: pip install 'e2vpt-peft[plots]'") from error
+        raise ImportError("plot_features needs scikit-learn: pip install scikit-learn") from error
     if method == "pca":
         pca = PCA(2, random_state=seed)
         points = pca.fit_transform(values)

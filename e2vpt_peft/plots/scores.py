@@ -62,9 +62,9 @@ def plot_importance(model: nn.Module, scores: PromptScores, adapter_name: str | 
         segments = _at(segments, kept_tokens, 1)
 
     depth = len(tokens)
-    figure = new_figure(1.6 + 0.28 * count + 0.11 * count * min(config.num_segments, 8), 1.7 + 0.32 * depth)
-    grid = figure.subplots(2, 2, sharex="col", width_ratios=[1, 2.2], height_ratios=[max(depth, 3), 0.8])
-    (tokens_map, segments_map), (tokens_strip, segments_strip) = grid
+    figure = new_figure(min(1.6 + 0.09 * count * config.num_segments, 7), 3 + 0.5 * depth)
+    heights = [max(depth, 3), 0.8, max(depth, 3), 0.8]
+    tokens_map, tokens_strip, segments_map, segments_strip = figure.subplots(4, 1, height_ratios=heights)
     _heat_map(tokens_map, tokens)
     _heat_map(segments_map, segments.flatten(1))
     _strip(tokens_strip, kept_tokens)
@@ -78,7 +78,7 @@ def plot_importance(model: nn.Module, scores: PromptScores, adapter_name: str | 
         for border in borders[1:-1]:
             axes.axvline(border, color="black", linewidth=0.6)
     for axes in (tokens_map, segments_map):
-        axes.tick_params(bottom=False)
+        axes.set_xticks([])
         if depth > 1:
             axes.set_ylabel("layer")
             number_axis(axes.yaxis, depth)

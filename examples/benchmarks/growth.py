@@ -43,6 +43,8 @@ INFERENCE, MEMORY, FILE, SWITCH, MIXED = (
     "time to switch adapters, times one inference",
     "throughput of a mixed batch, times one adapter",
 )
+PLOTTED = (INFERENCE, MEMORY, MIXED)
+"""Ratios, for a picture. The size of the file is proportional to the prompts, and switching takes next to no time."""
 
 
 def point(options: argparse.Namespace, dimension: str, size: int) -> tuple[argparse.Namespace, speed.Prompts, int]:
@@ -126,22 +128,27 @@ def shown(ratio: float) -> str:
 
 
 def plot(rows: Sequence[dict[str, Any]]) -> Figure:
-    """A panel for each measure (down) and for what grows (across), with quartiles."""
+    """A panel for what grows (down) and for each ratio that it may change (across), with quartiles."""
     from matplotlib.figure import Figure
 
-    measures, dimensions = (list(dict.fromkeys(row[name] for row in rows)) for name in ("measure", "dimension"))
-    figure = Figure(figsize=(3.2 * len(dimensions), 2.4 * len(measures)), layout="constrained")
-    panels = figure.subplots(len(measures), len(dimensions), squeeze=False, sharex="col", sharey="row")
-    for line, name in zip(panels, measures):
-        for axes, dimension in zip(line, dimensions):
-            own = [row for row in rows if row["measure"] == name and row["dimension"] == dimension]
+    dimensions = list(dict.fromkeys(row["dimension"] for row in rows))
+    figure = Figure(figsize=(6.9, 0.4 + 1.5 * len(dimensions)), layout="constrained")
+    panels = figure.subplots(len(dimensions), len(PLOTTED), squeeze=False, sharey="col", sharex="row")
+    for line, dimension in zip(panels, dimensions):
+        for axes, measure_ in zip(line, PLOTTED):
+            own = [row for row in rows if row["measure"] == measure_ and row["dimension"] == dimension]
             sizes = [row["size"] for row in own]
-            axes.plot(sizes, [row["ratio"] for row in own], marker="o")
+            axes.plot(sizes, [row["ratio"] for row in own], marker="o", markersize=4)
             axes.fill_between(sizes, [row["low"] for row in own], [row["high"] for row in own], alpha=0.2)
+            axes.axhline(1, color="0.6", linewidth=0.8, zorder=0)
+            axes.set_xscale("log" if max(sizes) > 10 * min(sizes) else "linear")
+            axes.set_xticks(sizes, map(str, sizes), minor=False)
+            axes.xaxis.minorticks_off()
+            axes.tick_params(labelsize=8)
             axes.grid(alpha=0.3)
-        line[0].set_ylabel(name.replace(", ", ",\n"), fontsize="small")
-    for axes, dimension in zip(panels[-1], dimensions):
-        axes.set_xlabel(dimension)
+            axes.set_xlabel(dimension, fontsize=9)
+    for axes, measure_ in zip(panels[0], PLOTTED):
+        axes.set_title(measure_.replace(", ", ",\n"), fontsize=9)
     return figure
 
 

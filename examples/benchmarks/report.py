@@ -1,4 +1,4 @@
-"""Tables and a plot of what `compare.py` measured.
+"""Tables and a picture of what `compare.py` measured.
 
 python -m examples.benchmarks.report results/*.jsonl --plot results/mini.png
 python -m examples.benchmarks.report results/parts.jsonl --compare components
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .accuracy.ablations import ABLATIONS, TUNED
-from .accuracy.plots import plot_parameters
+from .accuracy.plots import plot_parameters, plot_variants
 from .accuracy.records import read_all
 from .accuracy.tables import MEANS, at_the_edge, differences, final, markdown, summarise, task_groups
 
@@ -23,7 +23,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--compare", choices=ABLATIONS, default="methods", help="what to show (default: methods)")
     parser.add_argument("--against", help="what the others are compared with (default: E²VPT, if it is there)")
     parser.add_argument("--mean", choices=MEANS, default=MEANS[0], help=f"of the plot (default: {MEANS[0]})")
-    parser.add_argument("--plot", type=Path, help="save accuracy against trainable parameters there")
+    parser.add_argument("--plot", type=Path, help="save a picture of the accuracies there")
     return parser.parse_args(argv)
 
 
@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> str:
     report = "\n\n".join(lines)
     print(report)
     if options.plot:
-        plot_parameters(summaries, options.mean).savefig(options.plot, dpi=150)
+        plot = plot_parameters if options.compare == "methods" else plot_variants
+        plot(summaries, options.mean).savefig(options.plot, dpi=150)
     return report
 
 

@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from e2vpt_peft import E2VPTConfig
 from e2vpt_peft.attention.interface import PREFIX_ATTENTION, PrefixedConfig, ThroughInterface, eager_attention_of
-from e2vpt_peft.running_pass import running
+from e2vpt_peft.running_pass import passes_of
 
 from ..support.adapted import adapt, adapted_layers
 from ..support.insertion import inserted
@@ -104,6 +104,28 @@ def test_a_sliding_window_under_flash_attention_is_refused(recorded_implementati
         del ALL_ATTENTION_FUNCTIONS._global_mapping["flash_stub"]
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_position_bias_is_one_of_the_sequence_and_none_of_the_prompts(implementation):
+    """Which T5 and its kin hand over beside the mask. Of those, this one names its projections as others do."""
+    sizes = {"hidden_size": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 30}
+    config = t.Pix2StructTextConfig(**sizes, is_decoder=False, use_cache=False, initializer_range=0.02)
+    model = randomized(t.Pix2StructTextModel(config))
+    model.set_attn_implementation(implementation)
+    adapter = {"target_modules": ["self_attention.attention"], "attention_norm": "layer_norm"}
+    model = get_peft_model(model, E2VPTConfig(num_visual_prompts=0, num_kv_prompts=3, **adapter)).eval()
+    layer = next(iter(adapted_layers(model).values()))
+    attention, states = layer.base_layer, torch.randn(2, 6, 32)
+    query, key, value = (
+        part(states).view(2, 6, 4, 8).transpose(1, 2) for part in (attention.query, attention.key, attention.value)
+    )
+    rows = layer.e2vpt_kv_prompts["default"].expand(2, -1, -1, -1)
+    bias = attention.compute_bias(6, 6)
+    assert bias.std() > 0.1
+    weights = torch.cat([query @ rows.mT, query @ key.mT + bias], -1).softmax(-1)
+    expected = attention.output((weights @ torch.cat([rows, value], 2)).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(states)[0], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_real_config_is_not_changed_and_reads_through():
     model = tiny_vit()
     config = copy.deepcopy(model.config)
@@ -142,7 +164,10 @@ def test_an_implementation_that_takes_no_bias_refuses_one(implementation):
     def biased(layer, prefix, batch_size):
         return prefix._replace(bias=torch.zeros(1, 15))
 
-    with running(edit_prefix=biased), pytest.raises(ValueError, match=f"'{implementation}' takes no bias"):
+    with (
+        passes_of(model).running(edit_prefix=biased),
+        pytest.raises(ValueError, match=f"'{implementation}' takes no bias"),
+    ):
         attention(torch.randn(2, 17, 32))
 
 

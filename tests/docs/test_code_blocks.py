@@ -18,7 +18,7 @@ import pytest
 from .pages import PAGES, ROOT, blocks, commands
 
 TESTED_ELSEWHERE = {"docs/hub.md": "tests/hub/test_guide.py"}  # needs a Hub
-SLOW = {"README.md", "docs/image_classification.md", "docs/pictures.md", "docs/pruning.md"}
+SLOW = {"docs/inference.md", "docs/pictures.md", "docs/pruning.md"}
 OTHER_PROGRAMS = {
     "accelerate",
     "git",
@@ -34,6 +34,8 @@ OTHER_PROGRAMS = {
 }
 
 WITH_PYTHON = [page for page in PAGES if blocks(page, "python") and page not in TESTED_ELSEWHERE]
+LANGUAGES = ("python", "bash", "sh")
+WITH_CODE = [page for page in PAGES if page.startswith("docs/") and blocks(page, *LANGUAGES)]
 WITH_COMMANDS = [page for page in PAGES if commands(page)]
 
 
@@ -51,21 +53,28 @@ def check_pruning(folder: Path, names: dict[str, Any]) -> None:
         assert (folder / file).exists()
 
 
-BEFORE = {"docs/image_classification.md": make_digits_output}
+BEFORE = {"docs/inference.md": make_digits_output}
 AFTER = {"docs/pruning.md": check_pruning}
 
 
 @pytest.mark.parametrize(
     "page", [pytest.param(page, marks=pytest.mark.slow if page in SLOW else ()) for page in WITH_PYTHON]
 )
-def test_python_runs_as_written(page: str, checkout: Path, readers_names: dict[str, Any]) -> None:
-    """The blocks of a page share their names, and find those of [`readers_names`]."""
+def test_python_runs_as_written(page: str, checkout: Path) -> None:
+    """The blocks of a page share their names, and have no others."""
+    names: dict[str, Any] = {"__name__": "page"}
     if page in BEFORE:
         BEFORE[page](checkout)
     for number, block in enumerate(blocks(page, "python"), start=1):
-        exec(compile(block, f"{page}, block {number}", "exec"), readers_names)
+        exec(compile(block, f"{page}, block {number}", "exec"), names)
     if page in AFTER:
-        AFTER[page](checkout, readers_names)
+        AFTER[page](checkout, names)
+
+
+@pytest.mark.parametrize("page", WITH_CODE)
+def test_code_fits_the_column(page: str) -> None:
+    lines = [line for code in blocks(page, *LANGUAGES) for line in code.splitlines()]
+    assert not [line for line in lines if len(line) > 80]
 
 
 @pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")  # a module that its tests imported
@@ -78,7 +87,7 @@ def test_commands_name_what_exists(page: str, monkeypatch: pytest.MonkeyPatch) -
 
 def check_command(command: str) -> None:
     words = shlex.split(command, comments=True)
-    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+    while words and re.fullmatch(r"[A-Z0-9_]+=.*", words[0]):
         words = words[1:]
     program, *rest = words
     program = program.removeprefix(".venv/bin/")
@@ -100,6 +109,7 @@ def check_command(command: str) -> None:
 
 def check_pip(command: str, words: list[str]) -> None:
     assert words[0] == "install", command
+    assert not any(word.startswith("e2vpt") for word in words), f"{command}: the package is on no index yet"
     extras = re.search(
         r"\[project.optional-dependencies\]\n(.*?)\n\[", (ROOT / "pyproject.toml").read_text(), re.DOTALL
     )

@@ -18,16 +18,15 @@ BACKBONE = "google/vit-base-patch16-224-in21k"
 
 
 def run_guide(folder: Path) -> int:
-    """A tiny ViT takes the backbone's place, and the data are those of the trainer's tests."""
+    """A tiny ViT takes the backbone's place."""
     from ..support.models import tiny_vit
-    from ..trainer.toy import TRAIN, VALIDATION, accuracy
 
-    tiny_vit(num_labels=5).push_to_hub(BACKBONE, token="hf_google")
+    tiny_vit(image_size=224, patch_size=16, num_labels=5).push_to_hub(BACKBONE, token="hf_google")
     os.environ["HF_TOKEN"] = "hf_ann"
     before = Path.cwd()
     os.chdir(folder)
     try:
-        namespace: dict[str, Any] = {"train": TRAIN, "validation": VALIDATION, "accuracy": accuracy}
+        namespace: dict[str, Any] = {}
         blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
         for block in blocks:
             exec(compile(block, str(GUIDE), "exec"), namespace)

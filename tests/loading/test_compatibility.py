@@ -151,7 +151,6 @@ class TestNames:
     @pytest.mark.parametrize(
         ("name", "words"),
         [
-            ("default", "is the name of an adapter that the model has already"),
             ("__base__", "stands for the model without an adapter"),
             ("", "must have at least one character and no dot"),
             ("a.b", "must have at least one character and no dot"),
@@ -165,6 +164,10 @@ class TestNames:
     def test_a_name_that_cannot_be_is_refused_with_the_reason(self, name: str, words: str) -> None:
         with pytest.raises(ValueError, match=f"^adapter_name='{name}' {words}"):
             check_adapter_name(adapted(), name)
+
+    def test_a_name_that_is_taken_is_refused_in_the_words_of_peft(self) -> None:
+        with pytest.raises(ValueError, match="^Adapter with name 'default' already exists. Choose another"):
+            check_adapter_name(adapted(), "default")
 
     def test_names_in_containers_which_may_be_adapters_are_no_parts_of_the_model(self) -> None:
         model = tiny_vit()

@@ -37,7 +37,7 @@ def test_every_candidate_is_a_point_and_those_that_dropped_out_are_told_apart():
         "unpruned": [(100, 0.9)],
         "kept": [(60, 0.8)],
     }
-    assert figure.axes[0].get_ylabel() == "eval_accuracy"
+    assert figure.axes[0].get_ylabel() == "validation accuracy"
 
 
 def test_results_may_be_a_file(tmp_path: Path):
@@ -48,5 +48,5 @@ def test_results_may_be_a_file(tmp_path: Path):
 
 def test_without_matplotlib_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"e2vpt-peft\[plots\]"):
+    with pytest.raises(ImportError, match=r"pip install matplotlib"):
         plot_candidates({})

@@ -13,7 +13,8 @@ from e2vpt_peft.plots import plot_importance
 
 def pictures(figure):
     """The arrays that are shown: tokens, segments, and the strips below them."""
-    return [axes.images[0].get_array() for axes in figure.axes if axes.images]
+    tokens, tokens_strip, segments, segments_strip = (axes.images[0].get_array() for axes in figure.axes[:4])
+    return [tokens, segments, tokens_strip, segments_strip]
 
 
 def test_layers_are_rows_and_prompts_columns():
