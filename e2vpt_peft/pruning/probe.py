@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from peft.tuners.tuners_utils import set_adapter
 from torch import nn
@@ -15,6 +13,7 @@ from torch.func import functional_call
 
 from ..adapter import PromptedAdapter
 from ..utils.modes import evaluating
+from ..utils.randomness import random_state_kept
 
 Prompts = Sequence[torch.Tensor]
 """Visual prompts by layer, each (number of prompts, hidden size)."""
@@ -29,6 +28,7 @@ class Probe:
 
     Attributes:
         layers (`list[E2VPTLayer]`): The layers that have visual prompts.
+        running (`Callable`): A context of other forward passes of the model, see [`Passes`].
         prompts (`list[torch.Tensor]`): Those of each layer, without pruned ones, (number of prompts, hidden size).
         kept (`torch.Tensor`): Which of their segments are kept, bool, (number of prompts, number of segments).
     """
@@ -37,6 +37,7 @@ class Probe:
         self.model = adapter.model
         self.batch = batch
         self.layers = adapter.visual_layers
+        self.running = adapter.passes.running
         self.is_shallow = adapter.is_shallow
         self.segments = adapter.config.num_segments
         self.kept = adapter.masks.kept_segments
@@ -83,22 +84,15 @@ def undisturbed(adapter: PromptedAdapter) -> Iterator[None]:
     model = adapter.model
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     active = list(adapter.layers[0].active_adapters)
-    states = (random.getstate(), np.random.get_state(), torch.get_rng_state())
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
         set_adapter(model, adapter.name)
-        with evaluating(model), torch.enable_grad():
+        with random_state_kept(), evaluating(model), torch.enable_grad():
             yield
     finally:
         if active != [adapter.name]:
             set_adapter(model, active)
         for parameter, requires_grad in trainable.items():
             parameter.requires_grad_(requires_grad)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if devices:
-            torch.cuda.set_rng_state_all(devices)
 
 
 def as_inputs(model: nn.Module, batch: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from e2vpt_peft.attention.interception import ProductsMode, ThroughTorchFunctions
-from e2vpt_peft.running_pass import running
+from e2vpt_peft.running_pass import passes_of
 
 from ..support.adapted import adapt, adapted_layers, inputs, make
 from ..support.bare import Bare
@@ -107,9 +107,9 @@ def test_a_bias_on_rows_of_the_prefix_is_added_to_their_scores(way):
             assert prefix.keys.shape[1] == count
             return prefix._replace(keys=prefix.keys[:, rows], values=prefix.values[:, rows])
 
-        with running(edit_prefix=other_rows):
+        with passes_of(model).running(edit_prefix=other_rows):
             expected = model(x)
-        with running(edit_prefix=biased):
+        with passes_of(model).running(edit_prefix=biased):
             torch.testing.assert_close(model(x), expected)
         assert not torch.allclose(model(x), expected)
 

@@ -6,7 +6,7 @@ import torch
 
 from e2vpt_peft import score_prompts
 from e2vpt_peft.pruning import segment_removal
-from e2vpt_peft.running_pass import running
+from e2vpt_peft.running_pass import passes_of
 
 from ..support.adapted import adapt, inputs, make
 from ..support.models import tiny_vit
@@ -40,7 +40,7 @@ def changes_by_definition(model, batch, segments=8):
             whole = [torch.cat([new[None], old[:, len(new) :]], 1) for new, old in zip(moved[layer], prefix[:2])]
             return prefix._replace(keys=whole[0], values=whole[1])
 
-        with running(edit_prefix=move):
+        with passes_of(model).running(edit_prefix=move):
             return model(pixel_values=image[None]).logits[0]
 
     changes = torch.zeros(len(prompts[0]), segments, dtype=torch.float64)
