@@ -14,7 +14,6 @@ from e2vpt_peft import E2VPTConfig, prune_prompts
 from e2vpt_peft.adapter import PromptedAdapter
 
 from ..support.models import prompt_parameters, tiny_vit
-from ..support.native import needs_native_adapters
 from ..support.zoo import ZOO
 from .common import KINDS, adapted, assert_unchanged, logits, move_heads, small_config, snapshot
 
@@ -43,7 +42,6 @@ class TestTheSameObject:
         assert loaded.peft_config["default"] is config and config.inference_mode
         assert torch.equal(logits(loaded), logits(model))
 
-    @needs_native_adapters
     def test_through_transformers_own_methods(self) -> None:
         config, model = small_config(), tiny_vit()
         model.add_adapter(config)
@@ -91,7 +89,6 @@ class TestOneForSeveralAdapters:
         model, other = with_config(config), with_config(config)
         self.assert_pruning_leaves_the_other_alone(model, other, "default", tmp_path)
 
-    @needs_native_adapters
     def test_of_one_model_that_transformers_made(self) -> None:
         config, model = small_config(), tiny_vit()
         for name in ("default", "other"):
