@@ -15,6 +15,7 @@ from .config import E2VPTConfig
 from .layer import E2VPTLayer
 from .masks import PromptMasks
 from .prompt_shapes import prompt_shapes
+from .running_pass import Passes
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -89,6 +90,11 @@ class PromptedAdapter:
         return self.layers[0].adapter_configs[self.name]
 
     @property
+    def passes(self) -> Passes:
+        """The running forward passes of the model."""
+        return self.layers[0].passes
+
+    @property
     def masks(self) -> PromptMasks:
         """Which prompts are kept."""
         return PromptMasks.of(self.config)
@@ -100,7 +106,11 @@ class PromptedAdapter:
 
         Args:
             masks ([`PromptMasks`]): For the visual prompts that the adapter had when it was made.
+
+        Raises:
+            ValueError: They keep nothing, which no file can hold. Nothing is changed.
         """
+        masks.check_not_empty()
         # The masks in the config say how the parameters are to be read: all are read before any mask changes.
         values = [layer.full_prompts(self.name) for layer in self.visual_layers]
         # Other adapters, and other models, may have been made of the same config: theirs are not pruned.

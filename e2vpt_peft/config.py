@@ -239,6 +239,7 @@ class E2VPTConfig(PeftConfig):
             _check_mask("token_mask", self.token_mask, [self.num_visual_prompts])
         if self.segment_mask is not None:
             _check_mask("segment_mask", self.segment_mask, [self.num_visual_prompts, self.num_segments])
+            PromptMasks.of(self).check_not_empty()
         if isinstance(self.target_modules, (list, tuple, set)):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, (list, tuple, set)):

@@ -18,7 +18,7 @@ from .masks import PromptMasks
 from .mixed_batch import RoutedModulesToSave
 from .prompt_shapes import KV_PROMPTS, VISUAL_PROMPTS, prompt_shapes
 from .route import Route
-from .running_pass import running, running_pass
+from .running_pass import Passes
 
 CANNOT_MERGE = (
     "E2VPT adapters cannot be merged: prompts are extra keys and values in the attention, to which no change of the "
@@ -63,6 +63,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self.passes = Passes()  # the tuner replaces it by one that all layers of the model share
         self.training = base_layer.training
         self.ways_in: list[WayIn] = []
         self.attach(site.way_in)
@@ -201,7 +202,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             dtype = rows[0][0].dtype
             keys.append(_cat([row[0].to(dtype) for row in rows]))
             values.append(_cat([row[1].to(dtype) for row in rows]))
-        current = running_pass()
+        current = self.passes.current
         if current.route is None:
             prefix = Prefix(_cat(keys), _cat(values))
             return prefix if current.edit_prefix is None else current.edit_prefix(self, prefix, batch_size)
@@ -214,14 +215,14 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         counts = self._inserted_counts()
         if self.disable_adapters or not any(counts):
             return 0
-        return sum(counts) if running_pass().route is None else max(counts)
+        return sum(counts) if self.passes.current.route is None else max(counts)
 
     def inserted_tokens(self, batch_size: int) -> torch.Tensor:
         """Shallow visual prompts of the running forward pass, (batch size or 1, number, hidden size)."""
         samples = self._prompt_samples(batch_size)
         adapters = self._running_adapters()
         prompts = {name: self._visual_prompts(name, samples) for name in adapters if self._is_inserted(name)}
-        route = running_pass().route
+        route = self.passes.current.route
         if route is None:
             return torch.cat(list(prompts.values()), 1)
         nothing = next(iter(prompts.values()))[:, :0]
@@ -230,7 +231,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
     def inserted_visibility(self, batch_size: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Which of [`inserted_tokens`] each sample may see, and what is added to their attention scores, both (batch
         size, number), or `None` for all and for nothing."""
-        current = running_pass()
+        current = self.passes.current
         if current.route is None:
             return None, None if current.token_bias is None else current.token_bias.expand(batch_size, -1)
         device, _ = self._get_base_layer_device_and_dtype(self.base_layer)
@@ -241,7 +242,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         return [self._num_kept(name) if self._is_inserted(name) else 0 for name in adapters]
 
     def _running_adapters(self) -> list[str]:
-        route = running_pass().route
+        route = self.passes.current.route
         return self.active_adapters if route is None else route.adapters
 
     def _is_shallow(self, adapter_name: str) -> bool:
@@ -291,11 +292,11 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         """Keys and values of each adapter's visual prompts, each (samples, number of prompts, heads, head size)"""
         if not prompts:
             return {}
-        if running_pass().route is None or not isinstance(self.site.norm, RoutedModulesToSave):
+        if self.passes.current.route is None or not isinstance(self.site.norm, RoutedModulesToSave):
             return self._project_together(prompts, dtype)
         projected = {}
         for name, part in prompts.items():  # each through its own norm
-            with running(route=Route([name])):
+            with self.passes.running(route=Route([name])):
                 projected.update(self._project_together({name: part}, dtype))
         return projected
 

@@ -115,6 +115,18 @@ class PromptMasks:
         kept = self.kept_segments.repeat(1, hidden_size // self.segments.shape[1])
         return kept.flatten().nonzero()[:, 0]
 
+    def check_not_empty(self) -> None:
+        """Refuse masks that leave no visual prompt, or none of their segments.
+
+        Raises:
+            ValueError: They do.
+        """
+        if not self.segments.any():
+            raise ValueError(
+                "token_mask and segment_mask together keep no segment of any visual prompt: at least one must stay. "
+                "For key-value prompts alone, make an adapter with num_visual_prompts=0."
+            )
+
     def keep(self, tokens: torch.Tensor, segments: torch.Tensor) -> PromptMasks:
         """Keep only some of what is kept now.
 
@@ -128,6 +140,32 @@ class PromptMasks:
             torch.zeros_like(self.segments).index_copy(0, kept, segments & self.kept_segments),
         )
 
+    def check_scores(self, scores: Scores) -> None:
+        """Refuse scores that do not rank what is kept now.
+
+        Raises:
+            TypeError: They are no tensors of real numbers.
+            ValueError: They are of another shape, or NaN where something is kept.
+        """
+        present = {"tokens": torch.ones(self.num_tokens, dtype=torch.bool), "segments": self.kept_segments}
+        for name, kept in present.items():
+            values = getattr(scores, name)
+            if not isinstance(values, torch.Tensor) or values.is_complex() or values.dtype == torch.bool:
+                kind = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
+                raise TypeError(f"scores.{name} must be a tensor of real numbers, not {kind}.")
+            if values.shape != kept.shape:
+                raise ValueError(
+                    f"scores.{name} must be of shape {tuple(kept.shape)}, for the {self.num_tokens} visual prompts "
+                    f"of {self.segments.shape[1]} segments that the adapter has, but is of shape "
+                    f"{tuple(values.shape)}: score it again."
+                )
+            unknown = int((values.isnan().cpu() & kept).sum())
+            if unknown:
+                raise ValueError(
+                    f"scores.{name} is NaN for {unknown} of {int(kept.sum())}: what is not known cannot be ranked. "
+                    "Scores of -inf are pruned first, of inf last."
+                )
+
     def prune(self, scores: Scores, rates: tuple[float, float], minimum: tuple[int, int]) -> PromptMasks:
         """Prune the prompts, and then the segments of each that is left, that have the lowest scores.
 
@@ -135,7 +173,11 @@ class PromptMasks:
             scores (`Scores`): Of the prompts that are kept now, (kept prompts,), and of their segments.
             rates (`tuple[float, float]`): The shares of prompts, and of the segments of each, to prune, rounded down.
             minimum (`tuple[int, int]`): How many prompts, and segments of each, stay in any case.
+
+        Raises:
+            TypeError, ValueError: See [`check_scores`].
         """
+        self.check_scores(scores)
         present = torch.ones(self.num_tokens, dtype=torch.bool)
         tokens = select(scores.tokens, present, minimum[0], rate=rates[0])
         segments = select(scores.segments, self.kept_segments, minimum[1], rate=rates[1])

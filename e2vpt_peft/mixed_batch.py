@@ -1,16 +1,21 @@
-"""Different adapters in one batch: whose names may be given, and heads that each sample has of its own adapter."""
+"""Different adapters in one batch: whose names may be given, how many, and heads that each sample has of its own
+adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from .route import BASE_MODEL
-from .running_pass import running_pass
+from .attention.prefix import WayIn
+from .route import BASE_MODEL, Route
+from .running_pass import Passes
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
 
 
 class RoutedModulesToSave(ModulesToSaveWrapper):
@@ -22,8 +27,14 @@ class RoutedModulesToSave(ModulesToSaveWrapper):
     Samples of `"__base__"`, and of adapters that have no copy, go through the original module, as they do alone.
     """
 
+    passes: Passes
+    name: str
+    """Its name in the model, for errors."""
+    is_in_block: bool
+    """Whether it is in a block of an adapted tower, where samples have been counted, and may be cut into windows."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        route = running_pass().route
+        route = self.passes.current.route
         if route is None or self.disable_adapters:
             return super().forward(*args, **kwargs)
         if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
@@ -32,6 +43,10 @@ class RoutedModulesToSave(ModulesToSaveWrapper):
                 "modules_to_save, among the adapters: only modules that take a single tensor can be in "
                 "modules_to_save then. Run the adapters one after the other."
             )
+        if not self.is_in_block:
+            route.check(args[0].shape[0], self.name)
+        if not route.adapters:  # no samples
+            return self.original_module(*args)
         copies = self.modules_to_save
         modules = [
             copies[name] if name in copies else self.original_module  # noqa: SIM401  (a ModuleDict has no get)
@@ -40,32 +55,131 @@ class RoutedModulesToSave(ModulesToSaveWrapper):
         return route.dispatch(args[0], modules)
 
 
-def route_modules_to_save(model: nn.Module) -> None:
+class SampleCount(WayIn):
+    """Counts the samples of a routed batch where they enter a block of an adapted tower, before they are cut into
+    windows.
+
+    Args:
+        block (`nn.Module`): The block, one of a stack; the attention itself if it is in none.
+        name (`str`): Its name in the model.
+        model (`nn.Module`, *optional*): The model, to be kept from calls with names that nobody reads.
+    """
+
+    def __init__(self, block: nn.Module, name: str, model: nn.Module | None = None) -> None:
+        self.block, self.name, self.model = block, name, model
+        self.handles: list[RemovableHandle] = []
+
+    def attach(self, attention: nn.Module, source: Any) -> None:
+        self.source = source
+        if self.model is not None:
+            self.handles.append(self.model.register_forward_pre_hook(_refuse_names, with_kwargs=True))
+        self.handles.append(self.block.register_forward_pre_hook(self._enter, with_kwargs=True))
+
+    def detach(self, attention: nn.Module) -> None:
+        while self.handles:
+            self.handles.pop().remove()
+
+    def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _refuse_names(block, args, kwargs)
+        route = self.source.passes.current.route
+        if route is not None:
+            states = (kwargs.get("hidden_states"), *args, *kwargs.values())
+            route.check(next(len(value) for value in states if isinstance(value, torch.Tensor)), self.name)
+
+
+def _refuse_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """PEFT takes the names out of the arguments; those that arrive with them are ignored by the model."""
+    if "adapter_names" in kwargs:
+        raise TypeError(
+            f"adapter_names has been passed to {type(module).__name__}, which takes no notice of it: pass it to the "
+            "PeftModel itself, `model(..., adapter_names=[...])` or `model.generate(...)`."
+        )
+
+
+def find_block(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The block of a stack of layers that a module is in, and its name; the module itself if it is in no stack."""
+    path = name.split(".")
+    for depth in range(len(path) - 1, 0, -1):
+        if isinstance(model.get_submodule(".".join(path[:depth])), nn.ModuleList):
+            block = ".".join(path[: depth + 1])
+            return model.get_submodule(block), block
+    return model.get_submodule(name), name
+
+
+def route_modules_to_save(model: nn.Module, passes: Passes) -> None:
     """Make the `modules_to_save` of a model follow the route of the running forward pass."""
-    for module in model.modules():
+    counts = [count for module in model.modules() for count in getattr(module, "ways_in", [])]
+    blocks = {count.name for count in counts if isinstance(count, SampleCount)}
+    for name, module in model.named_modules():
         if type(module) is ModulesToSaveWrapper:
             # PEFT makes the wrappers and takes no class for them; another class keeps parameters and their names.
             module.__class__ = RoutedModulesToSave
+        if isinstance(module, RoutedModulesToSave):
+            module.passes, module.name = passes, name
+            module.is_in_block = any(name.startswith(f"{block}.") for block in blocks)
 
 
-def check_adapter_names(adapter_names: Any, known: Sequence[str], samples: torch.Tensor | None) -> None:
-    """Refuse `adapter_names` that do not give each sample of a batch an adapter.
+def make_route(adapter_names: Any, known: Sequence[str], model: nn.Module, inputs: Mapping[Any, Any]) -> Route:
+    """The route of a call of a model.
 
     Args:
         adapter_names: What the user gave.
         known (`Sequence[str]`): The adapters of the model.
-        samples (`torch.Tensor`, *optional*): The main input of the call.
+        model (`nn.Module`): The model without PEFT's wrapper.
+        inputs (`Mapping`): The arguments of the call, those without a name under their index.
 
     Raises:
-        TypeError: They are no list.
-        ValueError: There is an unknown one, or there are more or fewer than samples.
+        TypeError: The names are no list of names.
+        ValueError: There is an unknown one.
     """
-    if isinstance(adapter_names, str):
+    if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
         raise TypeError(f"adapter_names={adapter_names!r} must be a list, of one adapter name per sample.")
     unknown = sorted(set(adapter_names) - {BASE_MODEL} - set(known))
     if unknown:
         raise ValueError(f"adapter_names has {unknown}, known are {[BASE_MODEL, *known]}.")
-    if samples is not None and len(adapter_names) != len(samples):
-        raise ValueError(
-            f"adapter_names has {len(adapter_names)} names for {len(samples)} samples: give one name per sample."
-        )
+    tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+    copies, count = _copies(inputs), len(adapter_names)
+    doubt = _doubt_about_copies(count, tensors) if copies > 1 else _doubt_about_texts(count, model, inputs)
+    return Route(adapter_names, tensors[0].device if tensors else None, copies, doubt)
+
+
+def _copies(inputs: Mapping[Any, Any]) -> int:
+    """How many sequences `generate` grows from each sample at a time."""
+    config = inputs.get("generation_config")
+    names = ("num_beams", "num_return_sequences")
+    return max(inputs.get(name) or getattr(config, name, None) or 1 for name in names)
+
+
+def _doubt_about_copies(count: int, tensors: Sequence[torch.Tensor]) -> str:
+    """Why copies of samples cannot be told from several images of a sample."""
+    if all(len(tensor) == count and tensor.dim() < 5 for tensor in tensors if tensor.dim()):
+        return ""
+    return (
+        "adapter_names with num_beams or num_return_sequences above 1 needs a text for each name, and no more than "
+        "one image (crop, frame) for each text: copies of a text cannot be told from several images. Generate without "
+        "them, or run the adapters one after the other."
+    )
+
+
+def _doubt_about_texts(count: int, model: nn.Module, inputs: Mapping[Any, Any]) -> str:
+    """Why names may not be those of the images: some texts have none of them, so that others must have several.
+
+    Then as many names as images may just as well be one for each text.
+    """
+    image_token = getattr(getattr(model, "config", None), "image_token_id", None)
+    ids = next(
+        (inputs[name] for name in ("input_ids", "inputs", 0) if isinstance(inputs.get(name), torch.Tensor)), None
+    )
+    if image_token is None or ids is None or ids.is_floating_point() or ids.dim() != 2 or len(ids) != count:
+        return ""
+    if torch.compiler.is_compiling():  # to look at the texts would break the graph
+        return ""
+    has_image = (ids == image_token).any(-1).tolist()
+    if all(has_image) or not any(has_image):
+        return ""
+    without = [index for index, has in enumerate(has_image) if not has]
+    return (
+        f"adapter_names has {count} names for {count} texts and as many images, but texts {without} have no image, so "
+        "that others have several: whether a name is for a text or for an image cannot be told. Pass texts without "
+        "images in a batch of their own."
+    )

@@ -28,10 +28,10 @@ from .loading.compatibility import (
     check_saved_prompts,
 )
 from .loading.former_names import former_names, target_present_layout
-from .mixed_batch import check_adapter_names, route_modules_to_save
+from .loading.saved_modules import check_saved_modules_exist, warn_of_new_head
+from .mixed_batch import SampleCount, find_block, make_route, route_modules_to_save
 from .prompt_shapes import PREFIX
-from .route import Route
-from .running_pass import running
+from .running_pass import passes_of
 
 
 class E2VPTModel(BaseTuner):
@@ -39,6 +39,11 @@ class E2VPTModel(BaseTuner):
     The tuner that `get_peft_model` puts around a backbone for an [`E2VPTConfig`]; `model.base_model` is this.
 
     The method is described in https://huggingface.co/papers/2307.13770.
+
+    Several threads may run the model at once, each with its own `adapter_names`. What PEFT changes on the model it
+    changes for all of them: `disable_adapter()`, also as a context, `set_adapter(...)`, and adding or deleting an
+    adapter. While other threads run the model, name the adapter of each sample in place of that, with `"__base__"`
+    for the model without one.
 
     Example:
 
@@ -85,6 +90,7 @@ class E2VPTModel(BaseTuner):
         names = [name for name, _ in model.named_modules() if name and ".base_layer" not in name]
         targets = [name for name in names if self._is_target(peft_config, name)]
         sites = {name: self._find_site(model, name, peft_config) for name in targets}
+        check_saved_modules_exist(peft_config, model, targets)
         peft_config.backbone = check_model(peft_config, model, sites, self._is_target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -94,13 +100,16 @@ class E2VPTModel(BaseTuner):
         assert isinstance(config, E2VPTConfig)
         # The user's own object, into which PEFT and this class write what they find in the model.
         before = vars(config).copy()
+        self.passes = passes_of(model)
         try:
             target_present_layout(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             vars(config).update(before)
             raise
-        route_modules_to_save(model)
+        route_modules_to_save(model, self.passes)
+        if len(adapter_names(model)) == 1:  # once for a model
+            warn_of_new_head(model, self.peft_config.values())
 
     def _create_and_replace(
         self,
@@ -124,6 +133,9 @@ class E2VPTModel(BaseTuner):
             layer = target
         else:
             layer = E2VPTLayer(target, self._find_site(self.model, current_key, peft_config))
+            layer.passes = self.passes
+            is_first_layer = not any(isinstance(module, E2VPTLayer) for module in self.model.modules())
+            layer.attach(SampleCount(*find_block(self.model, current_key), self.model if is_first_layer else None))
         layer.update_layer(adapter_name, peft_config, has_visual_prompts)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -141,10 +153,10 @@ class E2VPTModel(BaseTuner):
 
     def _insert_tokens(self, layer: E2VPTLayer, name: str) -> None:
         """Let shallow prompts in through the stack that a layer is in, by the hooks that are there already."""
-        stack, ancestors = find_stack(self.model, name)
-        neighbours = [module for module in stack.modules() if isinstance(module, E2VPTLayer)]
+        stack = find_stack(self.model, name)
+        neighbours = [module for module in stack.layers.modules() if isinstance(module, E2VPTLayer)]
         ways_in = [way_in for other in neighbours for way_in in other.ways_in if isinstance(way_in, TokenInsertion)]
-        insertion = ways_in[0] if ways_in else TokenInsertion(stack, ancestors, layer.site.num_special_tokens)
+        insertion = ways_in[0] if ways_in else TokenInsertion(stack, layer.site.num_special_tokens)
         if insertion not in layer.ways_in:
             layer.attach(insertion)
 
@@ -227,21 +239,16 @@ class E2VPTModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Different adapters in one batch: send each sample through the adapter that `adapter_names` gives it."""
-        adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is None:
+        adapter_names, route = kwargs.pop("adapter_names", None), None
+        if adapter_names is not None:
+            if self.training:
+                raise ValueError("adapter_names is for inference: call model.eval() first.")
+            route = make_route(adapter_names, list(self.peft_config), self.model, {**dict(enumerate(args)), **kwargs})
+        if route is self.passes.current.route:
             yield
             return
-        if self.training:
-            raise ValueError("adapter_names is for inference: call model.eval() first.")
-        samples = self._main_input(args, kwargs)
-        check_adapter_names(adapter_names, list(self.peft_config), samples)
-        with running(route=Route(adapter_names, None if samples is None else samples.device)):
+        with self.passes.running(route=route):
             yield
-
-    def _main_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-        """The main input of a call of the model, or else its first tensor, if any."""
-        main = kwargs.get(getattr(self.model, "main_input_name", ""))
-        return next((value for value in (main, *args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any

@@ -14,21 +14,51 @@ BASE_MODEL = "__base__"
 class Route:
     """The adapter of each sample of a batch.
 
-    Wherever a batch size is asked for, it may be a multiple of the number of samples, because some models cut an image
-    into windows, which are neighbours in the batch.
+    A sample is what has a row of its own in the batch of an adapted tower: an image, a text, a sound. Wherever a batch
+    size is asked for, it may be a multiple of the number of samples: some models cut an image into windows, which are
+    neighbours in the batch, and so are the copies of a sample that are generated from.
 
     Args:
         sample_adapters (`Sequence[str]`): One adapter name per sample.
         device (`Optional[torch.device]`): Where the samples are, so that no layer has to wait for a transfer.
+        copies (`int`): How often each sample may be in the batch, for beams of generated text.
+        doubt (`str`): Why as many samples as names may still not be those that are meant; empty if they are.
     """
 
-    def __init__(self, sample_adapters: Sequence[str], device: torch.device | None = None) -> None:
+    def __init__(
+        self, sample_adapters: Sequence[str], device: torch.device | None = None, copies: int = 1, doubt: str = ""
+    ) -> None:
         self.adapters = sorted(set(sample_adapters))
         """The adapters that occur, each once, in an order that does not depend on that of the samples."""
         self.counts = [list(sample_adapters).count(name) for name in self.adapters]
         """For each of `adapters`, its number of samples."""
-        self.index = torch.tensor([self.adapters.index(name) for name in sample_adapters], device=device)
+        self.index = torch.tensor(
+            [self.adapters.index(name) for name in sample_adapters], dtype=torch.long, device=device
+        )
         """For each sample, where its adapter stands in `adapters`."""
+        self.num_samples = sum(self.counts)
+        self.copies = copies
+        self.doubt = doubt
+
+    def check(self, batch_size: int, where: str) -> None:
+        """Refuse a batch, outside of windows, that the names are not for.
+
+        Args:
+            batch_size (`int`): Its size.
+            where (`str`): The name of the module that it arrives at.
+
+        Raises:
+            ValueError: It does not have one sample, or one for each copy, for each name.
+        """
+        if batch_size not in (self.num_samples, self.num_samples * self.copies):
+            raise ValueError(
+                f"adapter_names has {self.num_samples} names, but a batch of {batch_size} arrives at '{where}': give "
+                "one name for each of these, in their order. A sample of several images (crops, frames, texts) needs "
+                "its name for each of them. If parts of the model get batches of different sizes, run the adapters "
+                "one after the other. If the samples are copied for beams, pass num_beams to generate()."
+            )
+        if self.doubt:
+            raise ValueError(self.doubt)
 
     def gather(self, rows: Sequence[torch.Tensor], batch_size: int) -> torch.Tensor:
         """Give each sample the rows of its adapter.
@@ -73,7 +103,7 @@ class Route:
         Raises:
             ValueError: The outputs do not fit into one tensor.
         """
-        windows = states.shape[0] // len(self.index)
+        windows = states.shape[0] // self.num_samples
         order = self._index(states.shape[0], states.device).argsort(stable=True)
         parts = states.index_select(0, order).split([count * windows for count in self.counts])
         outputs = [module(part) for module, part in zip(modules, parts)]
@@ -86,4 +116,4 @@ class Route:
         return torch.cat(outputs).index_select(0, order.argsort())
 
     def _index(self, batch_size: int, device: torch.device) -> torch.Tensor:
-        return self.index.to(device).repeat_interleave(batch_size // len(self.index))
+        return self.index.to(device).repeat_interleave(batch_size // self.num_samples)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from .attention.prefix import Prefix
 from .route import Route
@@ -32,28 +33,36 @@ class RunningPass:
     token_bias: torch.Tensor | None = None
 
 
-class _ThisThread(threading.local):
-    """A thread-local object rather than a context variable, because `torch.compile` traces the one and not the
-    other."""
+class Passes(threading.local):
+    """The forward passes of one adapted model, one in each thread. All its layers share this object.
+
+    Another adapted model that runs inside such a pass has passes of its own, and so has a copy of the model.
+
+    A thread-local object rather than a context variable, because `torch.compile` traces the one and not the other.
+
+    Attributes:
+        current ([`RunningPass`]): The one that is running in this thread.
+    """
 
     def __init__(self) -> None:
-        self.running = RunningPass()
+        self.current = RunningPass()
+
+    @contextmanager
+    def running(self, **changes: Any) -> Iterator[None]:
+        """Forward passes in this context, and in this thread, are different in these attributes of [`RunningPass`]."""
+        outer = self.current
+        self.current = replace(outer, **changes)
+        try:
+            yield
+        finally:
+            self.current = outer
+
+    def __reduce__(self) -> tuple[type[Passes], tuple[()]]:
+        # Copying and pickling keep that layers share one object, and nothing of what is running.
+        return type(self), ()
 
 
-_this_thread = _ThisThread()
-
-
-def running_pass() -> RunningPass:
-    """The forward pass that is running in this thread."""
-    return _this_thread.running
-
-
-@contextmanager
-def running(**changes: Any) -> Iterator[None]:
-    """Forward passes in this context, and in this thread, are different in these attributes of [`RunningPass`]."""
-    outer = _this_thread.running
-    _this_thread.running = replace(outer, **changes)
-    try:
-        yield
-    finally:
-        _this_thread.running = outer
+def passes_of(model: nn.Module) -> Passes:
+    """The passes that the adapted layers of a model share; new ones if it has no such layer."""
+    found = (getattr(module, "passes", None) for module in model.modules())
+    return next((passes for passes in found if isinstance(passes, Passes)), None) or Passes()

@@ -15,7 +15,6 @@ from torch import nn
 from .adapter import PromptedAdapter
 from .attention.prefix import Prefix
 from .layer import E2VPTLayer
-from .running_pass import running
 from .utils.modes import evaluating
 
 MASKS = ("attention_mask", "attn_mask")
@@ -78,7 +77,7 @@ def _outputs_with_tokens(model: nn.Module, inputs: Mapping[str, Any], adapter: P
     tokens_inserted = (_tokens_inserted(layer, adapter.name) for layer in adapter.layers)
     no_visual_prompts = partial(_without_visual_prompts, adapter.masks.num_tokens)
     try:
-        with running(edit_prefix=no_visual_prompts), _all(tokens_inserted):
+        with adapter.passes.running(edit_prefix=no_visual_prompts), _all(tokens_inserted):
             return _outputs(model, inputs)
     except Exception as error:  # whatever the code of a model does with tokens that it does not expect
         attention = type(adapter.layers[0].base_layer).__name__

@@ -107,6 +107,9 @@ def test_masks_in_a_config_are_checked():
         E2VPTConfig(segment_mask=[[True] * 16] * 9)
     with pytest.raises(ValueError, match="keeps nothing"):
         E2VPTConfig(token_mask=[False] * 10)
+    apart = {"token_mask": [True, False], "segment_mask": [[False] * 4, [True] * 4]}
+    with pytest.raises(ValueError, match="token_mask and segment_mask together keep no segment"):
+        E2VPTConfig(num_visual_prompts=2, num_segments=4, **apart)
 
 
 @pytest.mark.parametrize("init_weights", [True, False])

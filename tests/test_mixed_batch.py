@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from e2vpt_peft import E2VPTConfig
 from e2vpt_peft.route import Route
-from e2vpt_peft.running_pass import RunningPass, running, running_pass
+from e2vpt_peft.running_pass import RunningPass, passes_of
 
 from .support.flex import skip_where_torch_is_wrong
 from .support.models import TINY_MODELS, images, tiny_vit
@@ -229,16 +229,16 @@ def test_a_string_is_no_list_of_names() -> None:
         model(images(2), adapter_names="kv")
 
 
-@pytest.mark.parametrize("names", [["kv"], ["kv"] * 2, ["kv"] * 8])
+@pytest.mark.parametrize("names", [[], ["kv"], ["kv"] * 2, ["__base__"] * 3, ["kv"] * 8])
 @pytest.mark.parametrize("by_keyword", [True, False])
-def test_a_wrong_number_of_names_is_refused_before_the_forward_pass(names: list[str], by_keyword: bool) -> None:
+def test_a_wrong_number_of_names_is_refused_before_the_first_adapted_layer(names: list[str], by_keyword: bool) -> None:
     model = adapted(tiny_vit(), DEEP)
 
     def refuse(*args: Any) -> None:
-        raise AssertionError("the model has been run")
+        raise AssertionError("an adapted layer has been run")
 
-    model.base_model.model.vit.register_forward_pre_hook(refuse)
-    with pytest.raises(ValueError, match=f"{len(names)} names for 4 samples"):
+    model.base_model.model.vit.layers[0].attention.register_forward_pre_hook(refuse)
+    with pytest.raises(ValueError, match=rf"has {len(names)} names, but a batch of 4 arrives at 'vit.layers.0'"):
         if by_keyword:
             model(labels=torch.zeros(4, dtype=torch.long), pixel_values=images(4), adapter_names=names)
         else:
@@ -258,7 +258,10 @@ def test_modules_to_save_that_cannot_be_divided_are_refused_in_words() -> None:
     model = adapted(tiny_vit(), DEEP, heads=["classifier", "layers.2.mlp"])
     assert_mixed_batch_is_right(model)
     wrapper = model.base_model.model.vit.layers[2].mlp
-    with running(route=Route(["kv", "flowers"])), pytest.raises(TypeError, match="ViTMLP.*single tensor"):
+    with (
+        passes_of(model).running(route=Route(["kv", "flowers"])),
+        pytest.raises(TypeError, match="ViTMLP.*single tensor"),
+    ):
         wrapper(images(2), images(2))
 
 
@@ -271,7 +274,7 @@ def test_nothing_leaks_when_the_forward_pass_fails() -> None:
     with pytest.raises(ZeroDivisionError):
         together(model, pixel_values, NAMES)
     handle.remove()
-    assert running_pass() == RunningPass()
+    assert passes_of(model).current == RunningPass()
     assert torch.equal(model(pixel_values).logits, plain)
     assert torch.equal(together(model, pixel_values, NAMES), mixed)
 
@@ -329,4 +332,4 @@ def test_threads_that_share_a_model_get_their_own_results() -> None:
         thread.join()
     assert wrong == []
     assert not barrier.broken
-    assert running_pass() == RunningPass()
+    assert passes_of(model).current == RunningPass()

@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from .architectures import MODALITIES, architecture_of
 from .site import NotAdaptable, find_attention_site
+
+INPUTS = {"vision": ("image", "video"), "audio": ("audio",)}
+"""What transformers calls the inputs of each modality."""
 
 
 def find_default_targets(model: nn.Module) -> list[str]:
@@ -19,6 +23,9 @@ def find_default_targets(model: nn.Module) -> list[str]:
     Returns:
         `list[str]`: A single ending of names if it means the same modules, else all their names; empty if none of the
         model's architectures is known. In models with several towers those of the first of [`MODALITIES`].
+
+    Raises:
+        ValueError: That tower is of no known architecture, but another one is.
     """
     found: dict[str, list[str]] = {modality: [] for modality in MODALITIES}
     endings = set()
@@ -27,11 +34,36 @@ def find_default_targets(model: nn.Module) -> list[str]:
         if architecture is not None and re.search(_pattern(architecture.attention), name):
             found[architecture.modality].append(name)
             endings.add(architecture.attention.rpartition("N.")[2])
-    names = next((found[modality] for modality in MODALITIES if found[modality]), [])
-    for ending in endings:
-        if [name for name, _ in model.named_modules() if name.endswith(f".{ending}")] == names:
-            return [ending]
-    return names
+    modality = next((modality for modality in MODALITIES if found[modality]), MODALITIES[0])
+    names = found[modality]
+    targets = next(([ending] for ending in endings if _ending_in(model, ending) == names), names)
+    for earlier in MODALITIES[: MODALITIES.index(modality)]:
+        tower = _find_tower(model, earlier)
+        if tower is not None:
+            raise ValueError(
+                f"target_modules=None: there are no ready-made targets for the {earlier} tower, {tower}, but only for "
+                f"the {modality} tower. To adapt the {modality} tower, set target_modules={targets}. To adapt the "
+                f"{earlier} tower, set target_modules to the names of its self-attention modules."
+            )
+    return targets
+
+
+def _ending_in(model: nn.Module, ending: str) -> list[str]:
+    return [name for name, _ in model.named_modules() if name.endswith(f".{ending}")]
+
+
+def _find_tower(model: nn.Module, modality: str) -> str | None:
+    """The part of a model that takes inputs of a modality, as messages call it."""
+    towers = [
+        f"'{name}' ({type(module).__name__})" if name else f"{type(module).__name__}"
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and set(INPUTS[modality]) & set(_as_tuple(module.input_modalities))
+    ]
+    return towers[-1] if towers else None
+
+
+def _as_tuple(modalities: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
+    return (modalities,) if isinstance(modalities, str) else tuple(modalities)
 
 
 def explain_no_default_targets(model: nn.Module) -> str:

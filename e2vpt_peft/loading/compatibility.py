@@ -161,7 +161,7 @@ def _check_tokens_can_be_inserted(model: nn.Module, sites: Mapping[str, Attentio
                 f"({type(site.attention).__name__}), whose windows or positions would not fit. Use "
                 "visual_prompt_depth='deep'."
             )
-    stacks = {id(find_stack(model, name)[0]) for name in sites}
+    stacks = {id(find_stack(model, name).layers) for name in sites}
     if len(stacks) > 1:
         raise ValueError(
             f"visual_prompt_depth='shallow': the targets {list(sites)} stand in {len(stacks)} stacks of layers, but "

@@ -13,7 +13,6 @@ import torch
 
 from ..attention.prefix import Prefix
 from ..layer import E2VPTLayer
-from ..running_pass import running
 from .gradients import gradients_of
 from .probe import Probe
 from .segment_removal import rise_without_segments, rise_without_segments_by_layer
@@ -76,7 +75,7 @@ def attention_gate(probe: Probe) -> TokensAndSegments:
         others = bias.new_zeros(prefix.keys.shape[1] - count)
         return prefix._replace(bias=torch.cat([bias, others])[None])
 
-    with running(token_bias=bias) if probe.is_shallow else running(edit_prefix=gate):
+    with probe.running(token_bias=bias) if probe.is_shallow else probe.running(edit_prefix=gate):
         loss = probe.loss()
     (gradient,) = gradients_of(loss, [bias])
     return gradient.cpu().abs(), rise_without_segments(probe)

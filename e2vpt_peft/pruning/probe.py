@@ -29,6 +29,7 @@ class Probe:
 
     Attributes:
         layers (`list[E2VPTLayer]`): The layers that have visual prompts.
+        running (`Callable`): A context of other forward passes of the model, see [`Passes`].
         prompts (`list[torch.Tensor]`): Those of each layer, without pruned ones, (number of prompts, hidden size).
         kept (`torch.Tensor`): Which of their segments are kept, bool, (number of prompts, number of segments).
     """
@@ -37,6 +38,7 @@ class Probe:
         self.model = adapter.model
         self.batch = batch
         self.layers = adapter.visual_layers
+        self.running = adapter.passes.running
         self.is_shallow = adapter.is_shallow
         self.segments = adapter.config.num_segments
         self.kept = adapter.masks.kept_segments

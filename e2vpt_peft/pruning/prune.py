@@ -11,6 +11,7 @@ from torch import nn
 
 from ..adapter import PromptedAdapter
 from ..masks import PromptMasks, select
+from ..utils.fields import check_integer
 from .scores import PromptScores, find_prunable
 
 MINIMUM_TOKENS = 1
@@ -91,14 +92,18 @@ def prune_prompts(
             Which to keep, in place of scores: (visual prompts,) and (visual prompts, segments), of the visual prompts
             that there are now.
         min_tokens, min_segments (`int`):
-            How many visual prompts, and segments of each, stay in any case. Defaults to 1, and a quarter of them.
+            How many visual prompts, and segments of each, stay in any case, 1 or more. Defaults to 1, and a quarter of
+            them.
         adapter_name (`str`, *optional*): The adapter; the active one by default.
 
     Returns:
         [`PruningSummary`]: What is left; `print` it.
 
     Raises:
-        ValueError: Arguments are missing, contradict each other, or do not fit the adapter. Nothing is changed.
+        ValueError:
+            Arguments are missing, contradict each other, or do not fit the adapter, scores are NaN, or nothing would
+            be left. Nothing is changed.
+        TypeError: An argument has the wrong type. Nothing is changed.
 
     Example:
 
@@ -110,14 +115,13 @@ def prune_prompts(
     """
     adapter = find_prunable(model, adapter_name)
     masks, num_segments = adapter.masks, adapter.config.num_segments
-    if scores is not None and tuple(scores.segments.shape) != (masks.num_tokens, num_segments):
-        raise ValueError(
-            f"scores are for {scores.segments.shape[0]} visual prompts of {scores.segments.shape[1]} segments, but "
-            f"adapter '{adapter.name}' has {masks.num_tokens} of {num_segments}: score it again."
-        )
+    if scores is not None:
+        masks.check_scores(scores)
+    min_segments = least_segments(num_segments) if min_segments is None else min_segments
+    check_integer("min_tokens", min_tokens, at_least=1)
+    check_integer("min_segments", min_segments, at_least=1)
     present = torch.ones(masks.num_tokens, dtype=torch.bool)
     token_scores, segment_scores = (None, None) if scores is None else (scores.tokens, scores.segments)
-    min_segments = least_segments(num_segments) if min_segments is None else min_segments
     tokens = _choose("token", present, token_scores, token_rate, token_count, token_mask, min_tokens)
     segments = _choose(
         "segment", masks.kept_segments, segment_scores, segment_rate, segment_count, segment_mask, min_segments

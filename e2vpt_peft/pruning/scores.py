@@ -25,6 +25,9 @@ from .probe import Probe, as_inputs, undisturbed
 class PromptScores:
     """Scores of the visual prompts that an adapter has: the lowest are pruned first.
 
+    Scores of your own may be `-inf` for what is to go first and `inf` for what is to go last. NaN is refused when it
+    comes to pruning, where something is kept that it would rank.
+
     Attributes:
         tokens (`torch.Tensor`): One score per visual prompt, float64, (number of visual prompts,).
         segments (`torch.Tensor`): One score per segment, float64, (number of visual prompts, number of segments).

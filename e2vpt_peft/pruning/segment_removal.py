@@ -38,7 +38,6 @@ import torch.nn.functional as F
 
 from ..attention.prefix import Prefix
 from ..layer import E2VPTLayer
-from ..running_pass import running
 from .gradients import gradients_of
 from .probe import Probe
 
@@ -68,7 +67,7 @@ def _rise_of_deep_prompts(probe: Probe, by_layer: bool) -> torch.Tensor:
         prefixes[layer] = Prefix(keys, values)
         return prefixes[layer]
 
-    with running(edit_prefix=record):
+    with probe.running(edit_prefix=record):
         output = probe.output()
     loss, logits, labels = probe.loss_in(output), getattr(output, "logits", None), probe.batch.get("labels")
     model = _LinearModel(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from e2vpt_peft.attention.interception import ProductsMode, ThroughTorchFunctions
-from e2vpt_peft.running_pass import running
+from e2vpt_peft.running_pass import passes_of
 
 from ..support.adapted import adapt, adapted_layers, inputs, make
 from ..support.bare import Bare
@@ -107,9 +107,9 @@ def test_a_bias_on_rows_of_the_prefix_is_added_to_their_scores(way):
             assert prefix.keys.shape[1] == count
             return prefix._replace(keys=prefix.keys[:, rows], values=prefix.values[:, rows])
 
-        with running(edit_prefix=other_rows):
+        with passes_of(model).running(edit_prefix=other_rows):
             expected = model(x)
-        with running(edit_prefix=biased):
+        with passes_of(model).running(edit_prefix=biased):
             torch.testing.assert_close(model(x), expected)
         assert not torch.allclose(model(x), expected)
 
@@ -148,3 +148,12 @@ def test_it_compiles_to_one_graph():
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     for parameter, gradient in zip(prompt_parameters(model).values(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
+
+
+NAMES = {"swinv2": {"eager"}, "data2vec-vision": {"sdpa"}}
+
+
+def test_it_does_as_the_implementation_that_it_names():
+    """Which says in what form masks are."""
+    names = {name: {layer.implementation for layer in adapted_layers(adapt(make(name))).values()} for name in NAMES}
+    assert names == NAMES

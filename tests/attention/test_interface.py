@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from e2vpt_peft import E2VPTConfig
 from e2vpt_peft.attention.interface import PREFIX_ATTENTION, PrefixedConfig, ThroughInterface, eager_attention_of
-from e2vpt_peft.running_pass import running
+from e2vpt_peft.running_pass import passes_of
 
 from ..support.adapted import adapt, adapted_layers
 from ..support.insertion import inserted
@@ -164,7 +164,10 @@ def test_an_implementation_that_takes_no_bias_refuses_one(implementation):
     def biased(layer, prefix, batch_size):
         return prefix._replace(bias=torch.zeros(1, 15))
 
-    with running(edit_prefix=biased), pytest.raises(ValueError, match=f"'{implementation}' takes no bias"):
+    with (
+        passes_of(model).running(edit_prefix=biased),
+        pytest.raises(ValueError, match=f"'{implementation}' takes no bias"),
+    ):
         attention(torch.randn(2, 17, 32))
 
 

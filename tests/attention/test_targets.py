@@ -50,6 +50,32 @@ def test_of_several_towers_the_vision_tower_is_adapted(config):
     assert all("vision" in name for name in names)
 
 
+@pytest.mark.parametrize("depth", ["deep", "shallow"])
+def test_the_text_tower_does_not_stand_in_for_a_vision_tower_that_is_not_known(depth):
+    hiera = t.HieraConfig(
+        **{"embed_dim": 16, "image_size": [32, 32], "patch_stride": [2, 2], "patch_size": [3, 3], "depths": [1, 1]},
+        **{"patch_padding": [1, 1], "masked_unit_size": [2, 2], "num_heads": [1, 2], "query_stride": [2, 2]},
+        num_query_pool=1,
+    )
+    config = t.VisionTextDualEncoderConfig.from_vision_text_configs(hiera, t.BertConfig(**WORDS), projection_dim=16)
+    model = t.VisionTextDualEncoderModel(config)
+    words = ["vision tower, 'vision_model' (HieraModel)", "text tower, set target_modules=['attention.self']"]
+    assert_refused(model, {"visual_prompt_depth": depth}, words)
+    names = adapted_layers(adapt(model, target_modules=["attention.self"])).keys()
+    assert len(names) == 2 and all("text_model" in name for name in names)
+
+
+def test_the_text_tower_does_not_stand_in_for_a_sound_tower_that_is_not_known():
+    clap = t.ClapAudioConfig(
+        **{"patch_embeds_hidden_size": 16, "depths": [1, 1], "num_attention_heads": [2, 2], "hidden_size": 32},
+        spec_size=64,
+        num_mel_bins=16,
+    )
+    model = nn.ModuleDict({"sound": t.ClapAudioModel(clap), "words": ZOO["bert"].make()})
+    assert_refused(model, {}, ["audio tower, 'sound' (ClapAudioModel)", "text tower, set target_modules=['words."])
+    assert find_default_targets(model["words"]) == ["attention.self"]
+
+
 @pytest.mark.parametrize("model_type", ["clip", "siglip", "siglip2", "owlvit", "owlv2"])
 def test_both_towers_are_adapted_when_asked(model_type):
     model = adapt(t.AutoModel.from_config(TOWERS[model_type]), target_modules=["self_attn"])

@@ -5,7 +5,14 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import Dinov2Backbone, Dinov2Config, ViTConfig, ViTForMaskedImageModeling
+from transformers import (
+    Dinov2Backbone,
+    Dinov2Config,
+    ViTConfig,
+    ViTForMaskedImageModeling,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+)
 
 from e2vpt_peft import E2VPTConfig, E2VPTLayer
 
@@ -121,3 +128,117 @@ def test_a_plain_model_without_a_config_takes_tokens(num_kv_prompts):
     expected = reference(torch.cat([x[:, :1], tokens.expand(2, -1, -1), x[:, 1:]], 1))
     torch.testing.assert_close(model(x), torch.cat([expected[:, :1], expected[:, 1 + len(tokens) :]], 1))
     assert not torch.allclose(model(x), bare(x))
+
+
+def wav2vec2(kept=(0, 1, 2)):
+    """In training mode, though nothing but layers is dropped."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 3}
+    speech = {
+        "conv_dim": [16] * 2, "conv_kernel": [10, 3], "conv_stride": [5, 2], "num_feat_extract_layers": 2,
+        "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4, "apply_spec_augment": False,
+    }  # fmt: skip
+    dropouts = ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout")
+    torch.manual_seed(0)
+    model = Wav2Vec2Model(Wav2Vec2Config(**sizes, **speech, **dict.fromkeys(dropouts, 0.0), layerdrop=0.5))
+    model.encoder.layers = torch.nn.ModuleList(model.encoder.layers[index] for index in kept)
+    model = get_peft_model(model, E2VPTConfig(**SHALLOW, num_kv_prompts=0, prompt_dropout=0.0))
+    with torch.no_grad():
+        (prompts,) = prompt_parameters(model).values()
+        prompts.copy_(torch.randn(prompts.shape, generator=torch.Generator().manual_seed(1)))
+    return model.train()
+
+
+SOUND = torch.randn(2, 400, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("kept", [(0, 1, 2), (1, 2), (0, 2), (0, 1), (1,), (2,)])
+def test_whichever_layers_are_dropped_the_others_see_the_prompts(kept, monkeypatch):
+    expected_model = wav2vec2(kept)
+    expected_model.base_model.model.config.layerdrop = 0.0
+    expected = expected_model(SOUND).last_hidden_state
+    model = wav2vec2()
+    draws = iter(float(index in kept) for index in range(3))
+    rand = torch.rand
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "rand", lambda *size, **opts: next(draws) if size == ([],) else rand(*size, **opts))
+        output = model(SOUND, output_hidden_states=True)
+    torch.testing.assert_close(output.last_hidden_state, expected)
+    assert {state.shape for state in output.hidden_states} == {expected.shape}
+    output.last_hidden_state.sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in prompt_parameters(model).values())
+
+
+def test_if_all_layers_are_dropped_nothing_is_stripped():
+    model = wav2vec2()
+    model.base_model.model.config.layerdrop = 1.0
+    assert model(SOUND).last_hidden_state.shape == wav2vec2().eval()(SOUND).last_hidden_state.shape
+
+
+def test_dropped_layers_under_checkpointing_are_refused():
+    model = wav2vec2()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(RuntimeError, match="layerdrop=0.5 drops layers.* set model.config.layerdrop = 0"):
+        for _ in range(9):  # all layers may be dropped
+            model(SOUND)
+
+
+def shallow_vit():
+    model = get_peft_model(tiny_vit(), E2VPTConfig(**SHALLOW, num_kv_prompts=0)).eval()
+    return model, model.base_model.model.vit
+
+
+@torch.no_grad()
+def test_last_layers_may_be_cut_off_afterwards():
+    model, vit = shallow_vit()
+    before = tiny_vit()
+    before.vit.layers = before.vit.layers[:2]
+    expected = get_peft_model(before, E2VPTConfig(**SHALLOW, num_kv_prompts=0)).eval()
+    for own, other in zip(prompt_parameters(expected).values(), prompt_parameters(model).values()):
+        own.copy_(other)
+    vit.layers = vit.layers[:2]
+    output = model(pixel_values=images(), output_hidden_states=True)
+    torch.testing.assert_close(output.logits, expected(pixel_values=images()).logits)
+    assert {state.shape[1] for state in output.hidden_states} == {17}
+
+
+def test_the_layer_that_has_the_prompts_may_not_be_cut_off():
+    model, vit = shallow_vit()
+    vit.layers = vit.layers[1:]
+    with pytest.raises(RuntimeError, match="was taken out of 'layers' after adapting: cut the layers first"):
+        model(pixel_values=images())
+
+
+def test_layers_that_somebody_else_runs_are_refused():
+    model, vit = shallow_vit()
+    states = torch.randn(2, 17, SIZES["hidden_size"])
+    with pytest.raises(RuntimeError, match="ViTLayer was called by itself.* need a call of ViTModel"):
+        vit.layers[0](states)
+    with model.disable_adapter():
+        assert vit.layers[0](states).shape == states.shape
+
+
+def test_a_pass_that_ended_in_an_error_leaves_nothing_behind():
+    model, vit = shallow_vit()
+    expected = model(pixel_values=images()).logits
+    handle = vit.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(pixel_values=images())
+    handle.remove()
+    assert torch.equal(model(pixel_values=images()).logits, expected)
+    with pytest.raises(RuntimeError, match="was called by itself"):
+        vit.layers[1](torch.randn(2, 17, SIZES["hidden_size"]))
+
+
+def test_a_model_that_runs_inside_another_has_a_pass_of_its_own():
+    model, vit = shallow_vit()
+    inner, _ = shallow_vit()
+    expected, of_inner, seen = model(pixel_values=images()).logits, inner(pixel_values=images()).logits, []
+    vit.layers[1].register_forward_pre_hook(lambda *_: seen.append(inner(pixel_values=images()).logits))
+    assert torch.equal(model(pixel_values=images()).logits, expected)
+    assert torch.equal(seen[0], of_inner)
+
+
+def test_more_special_tokens_than_there_are_tokens_are_refused():
+    model = get_peft_model(tiny_vit(), E2VPTConfig(**SHALLOW, num_special_tokens=18)).eval()
+    with pytest.raises(ValueError, match="num_special_tokens=18 is more than the 17 tokens of the sequence"):
+        model(pixel_values=images())

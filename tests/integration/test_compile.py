@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from e2vpt_peft import E2VPTConfig, score_prompts
-from e2vpt_peft.running_pass import RunningPass, running_pass
+from e2vpt_peft.running_pass import RunningPass, passes_of
 
 from ..support.models import TINY_MODELS, images, prompt_parameters
 
@@ -184,7 +184,7 @@ def test_a_mixed_batch_is_one_graph(visual_prompt_depth: str) -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(images(4), adapter_names=NAMES).logits, mixed, atol=1e-5, rtol=0)
     torch.testing.assert_close(compiled(images(4)).logits, plain, atol=1e-5, rtol=0)
-    assert running_pass() == RunningPass()
+    assert passes_of(model).current == RunningPass()
 
 
 def test_a_compiled_backbone_is_not_compiled_anew_for_every_mixed_batch() -> None:

@@ -48,5 +48,5 @@ def test_results_may_be_a_file(tmp_path: Path):
 
 def test_without_matplotlib_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"e2vpt-peft\[plots\]"):
+    with pytest.raises(ImportError, match=r"pip install matplotlib"):
         plot_candidates({})

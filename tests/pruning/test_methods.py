@@ -9,7 +9,7 @@ from e2vpt_peft import prune_prompts, score_prompts
 from e2vpt_peft.adapter import PromptedAdapter
 from e2vpt_peft.pruning import SCORING_METHODS
 from e2vpt_peft.pruning.probe import Probe
-from e2vpt_peft.running_pass import RunningPass, running, running_pass
+from e2vpt_peft.running_pass import RunningPass, passes_of
 
 from ..peft_contract.common import assert_unchanged, snapshot
 from ..support.adapted import adapt, inputs, make
@@ -48,7 +48,7 @@ class TestAttentionGate:
             added[0, token] = bias
             return prefix._replace(bias=added)
 
-        with running(edit_prefix=edit):
+        with passes_of(model).running(edit_prefix=edit):
             return model(**batch).loss.item()
 
     @cases
@@ -78,7 +78,9 @@ class TestAttentionGate:
 
         @torch.no_grad()
         def loss(token, bias):
-            with running(token_bias=torch.zeros(4, dtype=torch.float64).index_fill(0, torch.tensor(token), bias)):
+            with passes_of(model).running(
+                token_bias=torch.zeros(4, dtype=torch.float64).index_fill(0, torch.tensor(token), bias)
+            ):
                 return model(**batch).loss.item()
 
         for token in range(4):
@@ -100,7 +102,7 @@ class TestAttentionGate:
         config._attn_implementation_internal = implementation_before
         assert_unchanged(model, before)
         assert model.training and model.active_adapters == ["default"]
-        assert running_pass() == RunningPass()
+        assert passes_of(model).current == RunningPass()
 
 
 class TestDefinitions:

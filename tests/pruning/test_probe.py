@@ -10,7 +10,7 @@ from torch import nn
 from e2vpt_peft.adapter import PromptedAdapter
 from e2vpt_peft.pruning import prune_prompts
 from e2vpt_peft.pruning.probe import Probe, as_inputs, undisturbed
-from e2vpt_peft.running_pass import RunningPass, running_pass
+from e2vpt_peft.running_pass import RunningPass, passes_of
 
 from ..peft_contract.common import assert_unchanged, snapshot
 from ..support.models import images, tiny_vit
@@ -39,7 +39,7 @@ def test_the_loss_is_that_of_the_model_and_with_other_prompts_that_of_a_model_wi
         torch.testing.assert_close(probe.loss(list(prompts.visual)), expected.loss)
         torch.testing.assert_close(probe.output(list(prompts.visual)).logits, expected.logits)
     assert_unchanged(model, before)
-    assert running_pass() == RunningPass()
+    assert passes_of(model).current == RunningPass()
 
 
 @both_depths

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -171,7 +173,12 @@ def test_the_lowest_scores_go_first_and_ties_go_to_the_lower_index():
         ({"scores": scores(), "segment_rate": -0.1}, ["segment_rate=-0.1"]),
         ({"scores": scores(), "token_count": -1}, ["token_count=-1"]),
         ({"scores": scores(), "token_rate": 0.5, "token_count": 1}, ["token_rate and token_count", "contradict"]),
-        ({"scores": scores(5), "token_rate": 0.5}, ["scores are for 5 visual prompts", "6 of 8"]),
+        ({"scores": scores(5), "token_rate": 0.5}, ["scores.tokens", "(6,), for the 6", "(5,): score it again"]),
+        ({"scores": scores(), "token_rate": float("nan")}, ["token_rate=nan", "[0, 1]"]),
+        ({"scores": scores(), "token_rate": 1.0, "min_tokens": 0}, ["min_tokens=0 must be 1 or more"]),
+        ({"scores": scores(), "segment_count": 8, "min_segments": 0}, ["min_segments=0 must be 1 or more"]),
+        ({"scores": scores(), "token_rate": 1.0, "min_tokens": -5}, ["min_tokens=-5 must be 1 or more"]),
+        ({"token_mask": [True] * 2 + [False] * 4, "segment_mask": [[False] * 8] * 2 + [[True] * 8] * 4}, ["together"]),
         ({"token_mask": [True] * 5}, ["token_mask", "(6,)", "(5,)"]),
         ({"token_mask": [False] * 6}, ["keeps nothing"]),
         ({"segment_mask": torch.ones(6, SEGMENTS)}, ["segment_mask must be boolean"]),
@@ -187,6 +194,102 @@ def test_an_error_names_what_is_wrong_and_changes_nothing(arguments, words):
         assert word in str(raised.value)
     assert torch.equal(model(pixel_values=images()).logits, before)
     assert model.peft_config["default"].token_mask is None
+
+
+def with_nan(name, *where):
+    values = {"tokens": torch.rand(6), "segments": torch.rand(6, SEGMENTS)}
+    for index in where:
+        values[name][index] = float("nan")
+    return PromptScores(**values)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "words"),
+    [
+        (with_nan("tokens", 1, 4), ValueError, r"scores\.tokens is NaN for 2 of 6"),
+        (
+            with_nan("segments", (0, 1), 3),
+            ValueError,
+            rf"scores\.segments is NaN for {SEGMENTS + 1} of {6 * SEGMENTS}",
+        ),
+        (PromptScores(torch.rand(6) * 1j, torch.rand(6, SEGMENTS)), TypeError, r"scores\.tokens .*complex64"),
+        (PromptScores(torch.rand(6), torch.rand(6, SEGMENTS) > 0), TypeError, r"scores\.segments .*bool"),
+        (PromptScores([0.0] * 6, torch.rand(6, SEGMENTS)), TypeError, r"scores\.tokens .* not list"),
+        (PromptScores(torch.rand(1), torch.rand(6, SEGMENTS)), ValueError, r"scores\.tokens .*\(6,\).*\(1,\)"),
+        (PromptScores(torch.rand(6), torch.rand(6)), ValueError, r"scores\.segments .*\(6, 8\).*\(6,\)"),
+    ],
+)
+def test_scores_that_rank_nothing_are_refused_and_change_nothing(bad, error, words):
+    model = adapted()
+    before = model(pixel_values=images()).logits
+    with pytest.raises(error, match=words):
+        prune_prompts(model, bad, token_rate=0.5, segment_rate=0.5)
+    with pytest.raises(error, match=words):
+        PromptedAdapter.find(model).masks.prune(bad, rates=(0.5, 0.5), minimum=(1, 1))
+    assert torch.equal(model(pixel_values=images()).logits, before)
+    assert model.peft_config["default"].token_mask is None
+
+
+def test_infinite_scores_are_pruned_first_or_last():
+    model = adapted()
+    tokens = torch.tensor([0.0, float("inf"), -9.0, float("-inf"), 9.0, 1.0])
+    prune_prompts(model, PromptScores(tokens, torch.zeros(6, SEGMENTS)), token_count=1)
+    assert model.peft_config["default"].token_mask == [True, True, True, False, True, True]
+    prune_prompts(model, PromptScores(tokens[tokens > float("-inf")], torch.zeros(5, SEGMENTS)), token_count=4)
+    assert model.peft_config["default"].token_mask == [False, True, False, False, False, False]
+
+
+def test_what_is_pruned_already_needs_no_score():
+    model = adapted()
+    prune_prompts(model, segment_mask=[[False] + [True] * (SEGMENTS - 1)] * 6)
+    prune_prompts(model, with_nan("segments", (slice(None), 0)), segment_count=1)
+    assert {sum(row) for row in model.peft_config["default"].segment_mask} == {SEGMENTS - 2}
+
+
+@both_depths
+def test_whatever_masks_are_set_an_adapter_is_refused_or_can_be_saved_and_loaded(depth, tmp_path_factory):
+    """By hand in a new config, or by pruning once or twice; with key-value prompts beside them or without."""
+    whole = {"num_visual_prompts": 2, "num_segments": 2, "visual_prompt_depth": depth, "layers_to_transform": [0]}
+    mask = st.lists(st.booleans(), min_size=2, max_size=2)
+    step = st.tuples(mask, st.lists(mask, min_size=2, max_size=2))
+    backbone = tiny_vit()
+    nothing = ([True, False], [[False, False], [True, True]])  # of each a part, of both together nothing
+
+    def make(**fields):
+        return get_peft_model(copy.deepcopy(backbone), E2VPTConfig(**whole, **fields)).eval()
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.lists(step, min_size=1, max_size=2), st.booleans(), st.booleans())
+    @example([nothing], True, True)
+    @example([nothing], False, False)
+    @example([([True, True], nothing[1]), ([True, False], [[True, True]] * 2)], False, True)
+    def check(steps, by_config, kv):
+        model = None if by_config else make(num_kv_prompts=int(kv))
+        kept = torch.ones(2, 2, dtype=torch.bool)
+        tokens = torch.tensor([True, True])
+        for token_mask, segment_mask in steps[: 1 if by_config else 2]:
+            left = int(tokens.sum())
+            masks = {"token_mask": token_mask[:left], "segment_mask": segment_mask[:left]}
+            where = tokens.nonzero()[:, 0]
+            kept[where] &= torch.tensor(masks["segment_mask"])
+            tokens[where] = torch.tensor(masks["token_mask"])
+            kept &= tokens[:, None]
+            try:
+                if by_config:
+                    model = make(num_kv_prompts=int(kv), **masks)
+                else:
+                    prune_prompts(model, **masks)
+            except ValueError as error:
+                assert "keeps nothing" in str(error) or "keep no segment" in str(error)
+                return
+            assert kept.any(), "what keeps nothing must have been refused"
+        folder = tmp_path_factory.mktemp("adapter")
+        model.save_pretrained(folder)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(backbone), folder)
+        assert torch.equal(loaded(pixel_values=images()).logits, model(pixel_values=images()).logits)
+        assert torch.equal(PromptedAdapter.find(loaded).masks.segments, kept)
+
+    check()
 
 
 def test_key_value_prompts_alone_cannot_be_pruned():

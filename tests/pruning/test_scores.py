@@ -9,7 +9,7 @@ from peft import get_peft_model
 from torch.utils.data import DataLoader
 
 from e2vpt_peft import E2VPTConfig, score_prompts
-from e2vpt_peft.running_pass import RunningPass, running_pass
+from e2vpt_peft.running_pass import RunningPass, passes_of
 
 from ..support.models import images, tiny_vit
 from .common import LABELS, all_methods, data, prompted
@@ -44,7 +44,7 @@ def test_an_error_while_scoring_leaves_the_model_as_it_was():
     with pytest.raises(ValueError, match="no loss for a batch of"):
         score_prompts(model, [{"pixel_values": images()}], progress_bar=False)
     assert model.training
-    assert running_pass() == RunningPass()
+    assert passes_of(model).current == RunningPass()
 
 
 @all_methods

@@ -6,7 +6,7 @@ import torch
 
 from e2vpt_peft import score_prompts
 from e2vpt_peft.pruning import segment_removal
-from e2vpt_peft.running_pass import running
+from e2vpt_peft.running_pass import passes_of
 
 from ..support.adapted import adapt, inputs, make
 from ..support.models import tiny_vit
@@ -40,7 +40,7 @@ def changes_by_definition(model, batch, segments=8):
             whole = [torch.cat([new[None], old[:, len(new) :]], 1) for new, old in zip(moved[layer], prefix[:2])]
             return prefix._replace(keys=whole[0], values=whole[1])
 
-        with running(edit_prefix=move):
+        with passes_of(model).running(edit_prefix=move):
             return model(pixel_values=image[None]).logits[0]
 
     changes = torch.zeros(len(prompts[0]), segments, dtype=torch.float64)
@@ -87,6 +87,23 @@ def test_other_losses_than_cross_entropy_are_taken_as_linear():
     torch.testing.assert_close(whole, parts)  # as derivatives of a mean are
     exact = score_prompts(model, [batch], "leave_one_out", progress_bar=False).segments
     assert torch.corrcoef(torch.stack([whole.flatten(), exact.flatten()]))[0, 1] > 0.5
+
+
+def test_only_a_plain_cross_entropy_of_one_label_for_each_sample_is_one():
+    """Of others, though PyTorch calls them so, too, no logit of a sample's own label can be followed."""
+    logits, labels = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    loss = torch.nn.functional.cross_entropy(logits, labels)
+    assert segment_removal._is_cross_entropy(loss, logits, labels)
+    assert not segment_removal._is_cross_entropy(loss + 0.1, logits, labels)
+    for others in (
+        (torch.randn(4, 5, 3), torch.zeros(4, 3, dtype=torch.long)),  # one for each pixel
+        (logits, torch.tensor([0, 1, 2, -100])),  # a sample that is left out
+        (logits, torch.randn(4, 5).softmax(-1)),  # shares of labels
+    ):
+        assert not segment_removal._is_cross_entropy(torch.nn.functional.cross_entropy(*others), *others)
+    hot, dense = torch.eye(4, 5).long(), torch.randn(4, 5, 3)
+    for others in ((logits, hot), (logits, labels.float()), (dense, labels), (None, labels), (logits, None)):
+        assert not segment_removal._is_cross_entropy(loss, *others)
 
 
 @torch.no_grad()

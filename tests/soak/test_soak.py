@@ -9,13 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from . import long_life
+from . import long_life, mixed_batches
 
 
 @pytest.mark.slow
 def test_adapters_come_and_go_without_a_trace() -> None:
     results = long_life.run(adapters=40, switches=60, rounds=40)
     assert {result["tensors"] for result in results.values()} == {0}
+
+
+def test_mixed_batches_in_threads_are_right_or_refused() -> None:
+    outcomes = mixed_batches.soak(calls=60, threads=3)
+    assert set(outcomes) == {"right", "refused"} and sum(outcomes.values()) == 60
 
 
 @pytest.mark.slow
