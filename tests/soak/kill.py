@@ -81,7 +81,13 @@ def child(work: Callable[[], None]) -> int:
     """Start a process that does this and ends."""
     process = os.fork()
     if process == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
+        interrupted = []
+
+        def interrupt(*_: Any) -> None:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGINT, interrupt)
         errors = os.fdopen(os.dup(2), "w")
         for stream in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
@@ -89,9 +95,9 @@ def child(work: Callable[[], None]) -> int:
             torch.set_num_threads(1)
             work()
             os._exit(0)
-        except KeyboardInterrupt:
-            os._exit(128 + signal.SIGINT)
         except BaseException:
+            if interrupted:  # libraries in C make other errors of it (safetensors: a ValueError)
+                os._exit(128 + signal.SIGINT)
             traceback.print_exc(file=errors)
             errors.flush()
             os._exit(1)
