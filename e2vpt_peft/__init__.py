@@ -18,6 +18,7 @@ from .pruning import (
 )
 from .registration import E2VPTType, register_with_peft
 from .trainer import E2VPTTrainer, ModelCardTrainer, PruningArguments, PruningConfig
+from .utils.images import to_rgb
 from .verification import check_prefix
 from .version import __version__
 
@@ -40,6 +41,7 @@ __all__ = [
     "rewind_prompts",
     "score_prompts",
     "score_prompts_by_layer",
+    "to_rgb",
     "write_model_card",
 ]
 

@@ -1,1 +1,6 @@
-"""Scripts to run as they are, as in `python examples/quickstart.py`; `benchmarks` are modules of this package."""
+"""The examples are scripts that share code: they find it beside them, also when imported as `examples.NAME`."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent))

@@ -21,8 +21,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from console import hide_notices
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from progress import show_one_bar
 from scipy.signal import lfilter
 from transformers import (
     ASTConfig,
@@ -167,6 +169,7 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def make_trainer(
+    title: str,
     model: torch.nn.Module,
     args: AudioArguments,
     train: Dataset,
@@ -186,9 +189,9 @@ def make_trainer(
         save_strategy="no",
         report_to="none",
         seed=args.seed,
-        disable_tqdm=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
     )
-    return Trainer(
+    trainer = Trainer(
         model=model,
         args=training_args,
         train_dataset=train,
@@ -196,6 +199,8 @@ def make_trainer(
         compute_metrics=compute_metrics,
         optimizers=(optimizer, None),
     )
+    show_one_bar(trainer, title)
+    return trainer
 
 
 def pretrain(args: AudioArguments) -> str:
@@ -218,7 +223,7 @@ def pretrain(args: AudioArguments) -> str:
     model = ASTForAudioClassification(config)
     epochs = args.pretraining_epochs
     make_trainer(
-        model, args, sounds, num_train_epochs=epochs, per_device_train_batch_size=32, learning_rate=1e-3
+        "pretraining", model, args, sounds, num_train_epochs=epochs, per_device_train_batch_size=32, learning_rate=1e-3
     ).train()
     model.save_pretrained(folder)
     extractor.save_pretrained(folder)
@@ -257,7 +262,7 @@ def head_alone(args: AudioArguments, model: str, train: Dataset, test: Dataset) 
     backbone.requires_grad_(False)
     for name in head:
         backbone.get_submodule(name).requires_grad_(True)
-    trainer = make_trainer(backbone, args, train, test, make_optimizer(backbone, args, head))
+    trainer = make_trainer("head alone ", backbone, args, train, test, make_optimizer(backbone, args, head))
     trainer.train()
     trainable = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
     return Result("head alone", trainer.evaluate()["eval_accuracy"], trainable, backbone.num_parameters())
@@ -270,7 +275,7 @@ def e2vpt(args: AudioArguments, model: str, train: Dataset, test: Dataset) -> tu
         num_visual_prompts=args.num_visual_prompts, num_kv_prompts=args.num_kv_prompts, modules_to_save=head
     )
     adapted = get_peft_model(backbone, config)
-    trainer = make_trainer(adapted, args, train, test, make_optimizer(adapted, args, head))
+    trainer = make_trainer("E²VPT      ", adapted, args, train, test, make_optimizer(adapted, args, head))
     trainer.train()
     logits, _, metrics = trainer.predict(test)
     adapted.save_pretrained(args.output_dir)
@@ -284,7 +289,7 @@ def reload(args: AudioArguments, model: str, train: Dataset, test: Dataset) -> n
     """Load the saved adapter into a fresh backbone; the logits of the test sounds."""
     backbone, _ = load_backbone(model, args.seed + 1)
     loaded = PeftModel.from_pretrained(backbone, args.output_dir)
-    return np.asarray(make_trainer(loaded, args, train, test).predict(test).predictions)
+    return np.asarray(make_trainer("reloaded", loaded, args, train, test).predict(test).predictions)
 
 
 def print_table(results: list[Result]) -> None:
@@ -298,6 +303,7 @@ def print_table(results: list[Result]) -> None:
 
 def main(argv: list[str] | None = None) -> list[Result]:
     """Run the example; returns the lines of the table."""
+    hide_notices()
     (args,) = HfArgumentParser(AudioArguments).parse_args_into_dataclasses(argv)  # type: ignore[arg-type]
     if args.model is None:
         print(f"Pretraining of a tiny AST: {len(KINDS)} kinds of sound, {args.pretraining_sounds} of each")
@@ -311,11 +317,8 @@ def main(argv: list[str] | None = None) -> list[Result]:
         f"\nVowels: {len(VOWELS)} classes, few labels: {len(train)} training sounds "
         f"({args.train_per_class} per class), {len(test)} test sounds"
     )
-    print("\nHead alone")
     baseline = head_alone(args, model, train, test)
-    print("\nE²VPT")
     adapted, logits = e2vpt(args, model, train, test)
-    print("\nAdapter loaded into a fresh backbone")
     reloaded = reload(args, model, train, test)
     print_table([baseline, adapted])
     if not np.array_equal(logits, reloaded):

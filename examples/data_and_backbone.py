@@ -13,8 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from console import InputError
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from read_images import read_dataset
 from transformers import AutoModelForImageClassification, PreTrainedModel, set_seed
+
+from e2vpt_peft import to_rgb
 
 BACKBONE = str(Path(__file__).parent / "backbone")
 """The small ViT that comes with the repository."""
@@ -44,14 +48,9 @@ def load_data(dataset: str | None, train_per_class: int, max_test_images: int, s
         seed (`int`): Of what is drawn.
 
     Raises:
-        ValueError: No image is left to test on.
+        InputError: The images are not sorted into two classes or more, or none is left to test on.
     """
-    if dataset is None:
-        splits = load_digits()
-    elif Path(dataset).is_file():
-        splits = load_dataset("parquet", data_files=dataset)
-    else:
-        splits = load_dataset(dataset)
+    splits = load_digits() if dataset is None else read_dataset(dataset)
     train = splits["train"] if "train" in splits else next(iter(splits.values()))
     test = next((splits[name] for name in ("test", "validation", "val", "valid") if name in splits), None)
 
@@ -74,16 +73,16 @@ def load_data(dataset: str | None, train_per_class: int, max_test_images: int, s
         (few if count[all_labels[index]] <= train_per_class else rest).append(index)
     test = train.select(rest) if test is None else tidy(test).shuffle(seed=seed)
     if len(test) == 0:
-        raise ValueError(f"train_per_class={train_per_class} leaves no image to test on.")
+        raise InputError(f"train_per_class={train_per_class} leaves no image to test on.")
     return train.select(few), test.select(range(min(len(test), max_test_images)))
 
 
 def preprocess(processor: Any, batch: dict[str, list], augmentation: float = 0.0) -> dict[str, Any]:
-    """Images and labels of a data set to the model's inputs; grey images become colour.
+    """Images and labels of a data set to the model's inputs; images of all kinds become RGB.
 
     With `augmentation`, each image is shifted, turned, stretched and sheared a little, differently every time.
     """
-    images = [image.convert("RGB") for image in batch["image"]]
+    images = [to_rgb(image) for image in batch["image"]]
     pixel_values = processor(images, return_tensors="pt")["pixel_values"]
     if augmentation:
         maps = torch.eye(2, 3) + augmentation * torch.randn(len(images), 2, 3)

@@ -1,357 +1,48 @@
 """Adapt a vision transformer to an image classification task with E²VPT: the script to start from.
 
     python examples/image_classification.py examples/recipes/digits.yaml
-    python examples/image_classification.py examples/recipes/vtab.yaml --dataset some/hub-dataset --seed 44
     python examples/image_classification.py --model google/vit-base-patch16-224-in21k --dataset folder/of/images
+    python examples/image_classification.py examples/recipes/vtab.yaml --dataset some/hub-dataset --seed 44
 
-Options are those of [`ModelArguments`], [`DataArguments`], `E2VPTConfig`, `PruningConfig` and `TrainingArguments`;
-`--help` lists them. `--prune` also finds and removes the prompts that do not pay. A recipe is a YAML or JSON file of
-options; flags behind it override it. The script trains, evaluates on the validation part, and on the test part if
-there is one; `--do_train false`, `--do_eval false` and `--do_predict false` leave that out.
+A recipe is a YAML or JSON file of options; options behind it override it. The script trains, keeps the best epoch,
+evaluates it on the validation part, and on the test part if there is one; --do_train false, --do_eval false and
+--do_predict false leave that out. --prune also removes the prompts that contribute least.
 
-Needs the files next to it: `augmentation.py`, and `metrics/accuracy` unless `--metric` names another.
+It needs the files next to it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import sys
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Optional, get_type_hints
+from typing import Any
 
+import console  # first: it hides what the others log as they are imported
 import evaluate
 import numpy as np
-import yaml
 from augmentation import center_crop, horizontal_flip, random_crop, random_resized_crop, resize_shorter_side
-from datasets import ClassLabel, Dataset, DatasetDict, Image, concatenate_datasets, load_dataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from classification_arguments import Arguments, DataArguments, ModelArguments, names_of, parse
+from classification_data import TOGETHER, load_splits
+from datasets import ClassLabel, DatasetDict
+from peft import PeftModel, get_peft_model
 from PIL.Image import Image as PILImage
 from PIL.Image import Resampling
+from read_images import check_place, enumerate_some
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
-    HfArgumentParser,
     PreTrainedModel,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
+from transformers.trainer_utils import EvalPrediction, SaveStrategy, get_last_checkpoint
 
-from e2vpt_peft import E2VPTConfig, E2VPTTrainer, ModelCardTrainer, PruningConfig
-
-HERE = Path(__file__).parent
-
-DEFAULTS: dict[str, Any] = {
-    "output_dir": "e2vpt-output",
-    "do_train": True,
-    "do_eval": True,
-    "do_predict": True,
-    "num_train_epochs": 30,
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 64,
-    "learning_rate": 5e-3,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.1,
-    "eval_strategy": "epoch",
-    "save_strategy": "epoch",
-    "save_total_limit": 2,
-    "logging_steps": 20,
-}
-"""Where this script departs from the defaults of `TrainingArguments`, which are made for whole models."""
-
-TOGETHER = "train_and_validation"
-"""The split with the training and the validation images."""
-
-
-@dataclass
-class ModelArguments:
-    """The backbone."""
-
-    model: str = field(default=str(HERE / "backbone"), metadata={"help": "Backbone: a Hub id or a folder."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the backbone."})
-    adapter: Optional[str] = field(
-        default=None, metadata={"help": "Start from this saved adapter (Hub id or folder), to evaluate or to go on."}
-    )
-    attn_implementation: Optional[str] = field(
-        default=None, metadata={"help": "Attention of the backbone: eager, sdpa, flash_attention_2, flex_attention."}
-    )
-    base_learning_rate: Optional[float] = field(
-        default=None,
-        metadata={"help": "Learning rate for 256 images a step; sets learning_rate in proportion to the batch size."},
-    )
-
-
-@dataclass
-class DataArguments:
-    """The images."""
-
-    dataset: Optional[str] = field(
-        default=None,
-        metadata={"help": "Hub id, folder of images or parquet, or parquet file; default: scikit-learn's digits."},
-    )
-    dataset_config: Optional[str] = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    validation_split: Optional[str] = field(
-        default=None, metadata={"help": "Split to evaluate on while training; found by its usual names if not given."}
-    )
-    test_split: Optional[str] = field(
-        default=None, metadata={"help": "Split to evaluate on at the end; 'test' if not given and there."}
-    )
-    validation_fraction: float = field(
-        default=0.2, metadata={"help": "Share of the training images to evaluate on if there is no validation split."}
-    )
-    split_seed: int = field(
-        default=0, metadata={"help": "Seed by which images are chosen and split off; seed is that of the training."}
-    )
-    train_on_validation: bool = field(
-        default=False,
-        metadata={
-            "help": (
-                "Train on the validation images as well (with --prune, after the search), and evaluate on the test "
-                "split alone."
-            )
-        },
-    )
-    max_train_samples: Optional[int] = field(
-        default=None, metadata={"help": "Use so many training images, the ones to be split off included."}
-    )
-    max_eval_samples: Optional[int] = field(
-        default=None, metadata={"help": "Use so many validation images and so many test images."}
-    )
-    image_column: Optional[str] = field(default=None, metadata={"help": "Column of images; found if not given."})
-    label_column: Optional[str] = field(default=None, metadata={"help": "Column of labels; found if not given."})
-    augmentation: Literal["none", "resized_crop", "crop"] = field(
-        default="none",
-        metadata={
-            "help": (
-                "none: as the image processor resizes; resized_crop: a random part, resized; crop: resized to 8/7 of "
-                "the model's size, then a random part to train on and the middle to evaluate on."
-            )
-        },
-    )
-    min_crop_area: float = field(
-        default=0.08, metadata={"help": "Smallest part of the image that resized_crop takes, as a share of its area."}
-    )
-    horizontal_flip: bool = field(default=False, metadata={"help": "Mirror every other training image, at random."})
-    image_mean: Optional[list[float]] = field(
-        default=None, metadata={"help": "Mean of each channel; the image processor's own if not given."}
-    )
-    image_std: Optional[list[float]] = field(
-        default=None, metadata={"help": "Standard deviation of each channel; the image processor's own if not given."}
-    )
-    metric: str = field(
-        default=str(HERE / "metrics" / "accuracy"),
-        metadata={"help": "Metric for evaluate.load: a Hub id or a folder."},
-    )
-
-    def __post_init__(self) -> None:
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction={self.validation_fraction!r} must be between 0 and 1.")
-        if not 0 < self.min_crop_area <= 1:
-            raise ValueError(f"min_crop_area={self.min_crop_area!r} must be above 0 and at most 1.")
-
-
-def arguments_of(
-    config_class: type, name: str, leave_out: set[str], types: dict[str, Any], extra: list[Any] | None = None
-) -> type:
-    """A dataclass for `HfArgumentParser` with the fields, defaults and help texts of a config class.
-
-    Args:
-        config_class (`type`): A dataclass.
-        name (`str`): The name of the new one.
-        leave_out (`set[str]`): Fields that are no options.
-        types (`dict[str, Any]`): Types for fields whose own type has no form on the command line.
-        extra (`list[Any] | None`): More fields, as `dataclasses.make_dataclass` takes them.
-    """
-    hints = get_type_hints(config_class)
-
-    def help_of(option: dataclasses.Field) -> str:
-        return str(option.metadata.get("help", "")).replace("%", "%%")  # a % means something to argparse
-
-    options = [
-        (
-            option.name,
-            types.get(option.name, hints[option.name]),
-            field(
-                default=option.default,
-                default_factory=option.default_factory,
-                metadata={"help": help_of(option)},
-            ),
-        )
-        for option in dataclasses.fields(config_class)
-        if option.init and option.name not in leave_out
-    ]
-    return dataclasses.make_dataclass(name, [*(extra or []), *options])
-
-
-def names_of(*classes: type) -> set[str]:
-    """The fields of dataclasses."""
-    return {option.name for cls in classes for option in dataclasses.fields(cls)}
-
-
-PromptArguments = arguments_of(
-    E2VPTConfig,
-    "PromptArguments",
-    leave_out={*names_of(PeftConfig), "backbone", "token_mask", "segment_mask"},
-    types={"layers_to_transform": Optional[list[int]]},
-)
-"""What `E2VPTConfig` takes, but for what is filled in when the adapter is made."""
-
-PRUNE = ("prune", bool, field(default=False, metadata={"help": "Prune the trained prompts, rewind and train again."}))
-PruningArguments = arguments_of(
-    PruningConfig, "PruningArguments", leave_out=names_of(TrainingArguments), types={}, extra=[PRUNE]
-)
-"""`--prune`, and what `PruningConfig` takes; `metric_for_best_model` and the like stand in `TrainingArguments`."""
-
-
-class Arguments(NamedTuple):
-    """All options."""
-
-    model: ModelArguments
-    data: DataArguments
-    prompts: Any
-    pruning: Any
-    training: TrainingArguments
-
-
-def parse(argv: list[str]) -> Arguments:
-    """Read options from the command line, and from a recipe file if the first of them is one.
-
-    Raises:
-        ValueError: The recipe has an option that there is not.
-    """
-    parser = HfArgumentParser(
-        [ModelArguments, DataArguments, PromptArguments, PruningArguments, TrainingArguments],  # type: ignore[list-item]
-        description=__doc__,
-        usage="%(prog)s [recipe.yaml | recipe.json] [options]",
-    )
-    parser.set_defaults(**DEFAULTS)
-    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        # As defaults, values go through the parser, which reads 1e-3, a string to YAML, as the number that is meant.
-        parser.set_defaults(**read_recipe(Path(argv[0]), names_of(*parser.dataclass_types)))
-        argv = argv[1:]
-    return Arguments(*parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
-
-
-def read_recipe(path: Path, allowed: set[str]) -> dict[str, Any]:
-    """The options in a YAML or JSON file."""
-    text = path.read_text(encoding="utf-8")
-    recipe = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} must map options to values, but is a {type(recipe).__name__}.")
-    for name in recipe:
-        if name not in allowed:
-            close = difflib.get_close_matches(str(name), allowed, n=1)
-            raise ValueError(f"{path}: there is no option {name!r}" + (f"; {close[0]!r} is meant?" if close else "."))
-    return recipe
-
-
-def load_digits() -> DatasetDict:
-    """The handwritten digits that come with scikit-learn, half of them to test on."""
-    from data_and_backbone import load_digits
-
-    return load_digits()["train"].train_test_split(test_size=0.5, seed=0, stratify_by_column="label")
-
-
-def load_splits(args: DataArguments) -> DatasetDict:
-    """A training, a validation and, if there is one, a test split, with columns `image` and `label`.
-
-    With `train_on_validation` there is also one of the training and validation images together. A missing validation
-    split is cut off the training split; which images go where depends on `split_seed` alone.
-
-    Raises:
-        ValueError: A split or a column is not there, or `train_on_validation` leaves nothing to evaluate on.
-    """
-    if args.dataset is None:
-        found = load_digits()
-    elif Path(args.dataset).is_file():
-        found = load_dataset("parquet", data_files=args.dataset)
-    else:
-        found = load_dataset(args.dataset, args.dataset_config)
-    for option in ("train_split", "validation_split", "test_split"):
-        if getattr(args, option) not in (None, *found):
-            raise ValueError(f"{option}={getattr(args, option)!r} is not there: the splits are {', '.join(found)}.")
-    validation_name = args.validation_split or next(
-        (n for n in ("validation", "valid", "val", "dev") if n in found), None
-    )
-    test_name = args.test_split or ("test" if "test" in found and validation_name != "test" else None)
-
-    train = found[args.train_split]
-    image = args.image_column or find_column(train, (Image,), ("image", "img", "pixel_values"))
-    label = args.label_column or find_column(train, (ClassLabel,), ("label", "labels", "fine_label", "class"))
-    train = tidy(train, image, label, None)
-    names = train.features["label"].names
-    others = {
-        name: sample(tidy(found[split], image, label, names), args.max_eval_samples, args.split_seed)
-        for name, split in (("validation", validation_name), ("test", test_name))
-        if split is not None
-    }
-    train = sample(train, args.max_train_samples, args.split_seed)
-    if "validation" not in others:
-        train, validation = split_off(train, args.validation_fraction, args.split_seed)
-        others["validation"] = sample(validation, args.max_eval_samples, args.split_seed)
-    if args.train_on_validation and "test" not in others:
-        raise ValueError("train_on_validation leaves nothing to evaluate on: there is no test split.")
-    if args.train_on_validation:
-        others[TOGETHER] = concatenate_datasets([train, others["validation"]])
-    return DatasetDict(train=train, **others)
-
-
-def find_column(data: Dataset, kinds: tuple[type, ...], usual_names: tuple[str, ...]) -> str:
-    """The column with one of the usual names, or else the only one of that kind."""
-    for name in usual_names:
-        if name in data.features:
-            return name
-    found = [name for name, feature in data.features.items() if isinstance(feature, kinds)]
-    if len(found) != 1:
-        raise ValueError(
-            f"None of the columns {', '.join(data.features)} is clearly the {usual_names[0]}: set "
-            f"{usual_names[0]}_column."
-        )
-    return found[0]
-
-
-def tidy(data: Dataset, image: str, label: str, names: list[str] | None) -> Dataset:
-    """Columns `image` and `label`, labels as classes: those of `names`, or those that the data has."""
-    for option, column in (("image_column", image), ("label_column", label)):
-        if column not in data.features:
-            raise ValueError(f"{option}={column!r} is not there: the columns are {', '.join(data.features)}.")
-    data = data.select_columns([image, label]).rename_columns({image: "image", label: "label"})
-    if not isinstance(data.features["image"], Image):
-        data = data.cast_column("image", Image())
-    if isinstance(data.features["label"], ClassLabel):
-        return data
-    values = data["label"][:]
-    names = names or [str(value) for value in sorted(set(values))]
-    index = {name: position for position, name in enumerate(names)}
-    if unknown := sorted({str(value) for value in values} - set(index)):
-        raise ValueError(
-            f"The labels {', '.join(unknown[:5])} are not among those to train on: {', '.join(names[:10])}."
-        )
-    labels = [index[str(value)] for value in values]
-    return data.remove_columns("label").add_column("label", labels, feature=ClassLabel(names=names))
-
-
-def sample(data: Dataset, most: int | None, seed: int) -> Dataset:
-    """At most so many rows, chosen at random."""
-    return data if most is None or most >= len(data) else data.shuffle(seed=seed).select(range(most))
-
-
-def split_off(data: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Divide into two, each class in proportion where that is possible."""
-    counts = Counter(data["label"][:]).values()
-    part = round(len(data) * fraction)
-    can_stratify = min(counts) > 1 and len(counts) <= part <= len(data) - len(counts)
-    stratify = "label" if can_stratify else None
-    divided = data.train_test_split(test_size=part, seed=seed, stratify_by_column=stratify)
-    return divided["train"], divided["test"]
+from e2vpt_peft import E2VPTConfig, E2VPTTrainer, ModelCardTrainer, PruningConfig, to_rgb
 
 
 def load_processor(model_args: ModelArguments, data_args: DataArguments) -> Any:
@@ -371,7 +62,7 @@ def input_size(processor: Any) -> tuple[int, int]:
         return size.height, size.width
     if getattr(size, "shortest_edge", None):
         return size.shortest_edge, size.shortest_edge
-    raise ValueError(f"The image processor has no fixed size, but {size}: augmentation={'none'!r} is all it takes.")
+    raise console.InputError(f"The image processor has no fixed size, but {size}: it takes augmentation='none' only.")
 
 
 Transform = Callable[[PILImage], PILImage]
@@ -405,8 +96,8 @@ def resize_and_crop(image: PILImage, larger: tuple[int, int], crop: Transform, r
 def preprocess(
     batch: dict[str, list], processor: Any, transform: Transform | None, flip: bool = False
 ) -> dict[str, Any]:
-    """Images and labels of a data set to the model's inputs; grey images become colour."""
-    images = [image.convert("RGB") for image in batch["image"]]
+    """Images and labels of a data set to the model's inputs; images of all kinds become RGB."""
+    images = [to_rgb(image) for image in batch["image"]]
     if transform is not None:
         images = [transform(image) for image in images]
     if flip:
@@ -436,6 +127,23 @@ def head_names(model: nn.Module) -> list[str]:
         if any(True for _ in child.parameters())
         and not any(isinstance(module, nn.ModuleList) for module in child.modules())
     ]
+
+
+def check_labels(adapter: str, label: ClassLabel) -> None:
+    """Refuse an adapter that was trained on other classes, as far as it says which.
+
+    Raises:
+        console.InputError: It was.
+    """
+    try:
+        trained = list(AutoConfig.from_pretrained(adapter).id2label.values())
+    except (OSError, ValueError):  # saved without its labels
+        return
+    if trained != label.names:
+        raise console.InputError(
+            f"The adapter in {adapter} was trained on {len(trained)} classes ({enumerate_some(trained)}), but the "
+            f"data has {label.num_classes} ({enumerate_some(label.names)}): they must be the same, in the same order."
+        )
 
 
 def adapt(backbone: PreTrainedModel, args: ModelArguments, prompts: Any, trainable: bool) -> PeftModel:
@@ -474,10 +182,20 @@ def checkpoint_to_resume(args: TrainingArguments, prune: bool) -> str | bool | N
 def settle(args: Arguments) -> None:
     """Fill in the training arguments that follow from others."""
     training = args.training
+    for option, name in (("model", args.model.model), ("adapter", args.model.adapter)):
+        if name is not None:
+            check_place(option, name)
+    if Path(str(training.output_dir)).is_file():
+        raise console.InputError(f"output_dir={training.output_dir!r} is a file: name a folder.")
     training.remove_unused_columns = False  # or Trainer would drop the images before they are preprocessed
-    if args.pruning.prune and training.metric_for_best_model is None:
+    if training.load_best_model_at_end is None:
+        has_both = training.eval_strategy == training.save_strategy == SaveStrategy.EPOCH
+        # Images that were trained on, and those to test on, are not there to choose by.
+        training.load_best_model_at_end = has_both and not args.data.train_on_validation
+    if training.metric_for_best_model is None:
         training.metric_for_best_model, training.greater_is_better = Path(args.data.metric).name, True
     training.dataloader_pin_memory &= training.device.type != "cpu"
+    training.disable_tqdm |= not sys.stderr.isatty()
     if args.model.base_learning_rate is not None:
         images = training.train_batch_size * training.world_size * training.gradient_accumulation_steps
         training.learning_rate = args.model.base_learning_rate * images / 256
@@ -506,13 +224,16 @@ def make_trainer(
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run the script; returns all metrics."""
-    args = parse(sys.argv[1:] if argv is None else argv)
+    console.hide_notices()
+    args = parse(sys.argv[1:] if argv is None else argv, __doc__)
     settle(args)
     training = args.training
     set_seed(training.seed)
     with training.main_process_first(desc="loading data"):
         data = load_splits(args.data)
     label: ClassLabel = data["train"].features["label"]
+    if args.model.adapter is not None:
+        check_labels(args.model.adapter, label)
     processor = load_processor(args.model, args.data)
     train_transform, evaluation_transform = make_transforms(args.data, processor)
     for split, images in data.items():
@@ -566,8 +287,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             trainer.push_to_hub(**card)
         elif trainer.is_world_process_zero():
             trainer.create_model_card(**card)
+    if args.model.save_backbone and trainer.is_world_process_zero():
+        model.unload().save_pretrained(str(training.output_dir))
     return results
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

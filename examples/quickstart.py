@@ -21,9 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from console import hide_notices, run
 from data_and_backbone import BACKBONE, HEAD, load_backbone, load_data, preprocess
 from datasets import ClassLabel, Dataset
 from peft import PeftModel, get_peft_model
+from progress import show_one_bar
 from transformers import AutoImageProcessor, HfArgumentParser, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
@@ -77,7 +79,9 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((np.asarray(prediction.predictions).argmax(1) == prediction.label_ids).mean())}
 
 
-def make_trainer(model: torch.nn.Module, args: QuickstartArguments, train: Dataset, test: Dataset) -> Trainer:
+def make_trainer(
+    title: str, model: torch.nn.Module, args: QuickstartArguments, train: Dataset, test: Dataset
+) -> Trainer:
     """A plain Trainer, the same for both methods. Head and both kinds of prompts have their own learning rates."""
     rates = {
         HEAD: args.head_learning_rate,
@@ -100,9 +104,9 @@ def make_trainer(model: torch.nn.Module, args: QuickstartArguments, train: Datas
         save_strategy="no",
         report_to="none",
         seed=args.seed,
-        disable_tqdm=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
     )
-    return Trainer(
+    trainer = Trainer(
         model=model,
         args=training_args,
         train_dataset=train,
@@ -110,6 +114,8 @@ def make_trainer(model: torch.nn.Module, args: QuickstartArguments, train: Datas
         compute_metrics=compute_metrics,
         optimizers=(optimizer, None),
     )
+    show_one_bar(trainer, title)
+    return trainer
 
 
 def linear_probe(args: QuickstartArguments, label: ClassLabel, train: Dataset, test: Dataset) -> Result:
@@ -117,7 +123,7 @@ def linear_probe(args: QuickstartArguments, label: ClassLabel, train: Dataset, t
     model = load_backbone(args.model, label, args.seed)
     model.requires_grad_(False)
     model.get_submodule(HEAD).requires_grad_(True)
-    trainer = make_trainer(model, args, train, test)
+    trainer = make_trainer("linear probe", model, args, train, test)
     trainer.train()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
@@ -134,7 +140,7 @@ def e2vpt(args: QuickstartArguments, label: ClassLabel, train: Dataset, test: Da
         modules_to_save=[HEAD],
     )
     model = get_peft_model(load_backbone(args.model, label, args.seed), config)
-    trainer = make_trainer(model, args, train, test)
+    trainer = make_trainer("E²VPT       ", model, args, train, test)
     trainer.train()
     logits, _, metrics = trainer.predict(test)
     model.save_pretrained(args.output_dir)
@@ -147,7 +153,7 @@ def e2vpt(args: QuickstartArguments, label: ClassLabel, train: Dataset, test: Da
 def reload(args: QuickstartArguments, label: ClassLabel, train: Dataset, test: Dataset) -> np.ndarray:
     """Load the saved adapter into a fresh backbone; the logits of the test images."""
     model = PeftModel.from_pretrained(load_backbone(args.model, label, args.seed + 1), args.output_dir)
-    return np.asarray(make_trainer(model, args, train, test).predict(test).predictions)
+    return np.asarray(make_trainer("reloaded", model, args, train, test).predict(test).predictions)
 
 
 def print_table(results: list[Result]) -> None:
@@ -161,6 +167,7 @@ def print_table(results: list[Result]) -> None:
 
 def main(argv: list[str] | None = None) -> list[Result]:
     """Run the quickstart; returns the lines of the table."""
+    hide_notices()
     (args,) = HfArgumentParser(QuickstartArguments).parse_args_into_dataclasses(argv)  # type: ignore[arg-type]
     train, test = load_data(args.dataset, args.train_per_class, args.max_test_images, args.seed)
     label: ClassLabel = train.features["label"]
@@ -171,11 +178,8 @@ def main(argv: list[str] | None = None) -> list[Result]:
         f"{args.dataset or 'handwritten digits (scikit-learn)'}: {label.num_classes} classes, few labels: "
         f"{len(train)} training images ({args.train_per_class} per class), {len(test)} test images"
     )
-    print("\nLinear probe")
     probe = linear_probe(args, label, train, test)
-    print("\nE²VPT")
     adapted, logits = e2vpt(args, label, train, test)
-    print("\nAdapter loaded into a fresh backbone")
     reloaded = reload(args, label, train, test)
     print_table([probe, adapted])
     if not np.array_equal(logits, reloaded):
@@ -185,4 +189,4 @@ def main(argv: list[str] | None = None) -> list[Result]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -25,8 +25,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from console import hide_notices
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 from peft import PeftModel, get_peft_model
+from progress import show_one_bar
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -189,7 +191,7 @@ def load_backbone(model: str, label: ClassLabel, seed: int) -> tuple[PreTrainedM
     return backbone, sorted({key.rpartition(".")[0] for key in new} or {"classifier"})
 
 
-def make_trainer(model: torch.nn.Module, args: TextArguments, head: list[str], data: Data) -> Trainer:
+def make_trainer(title: str, model: torch.nn.Module, args: TextArguments, head: list[str], data: Data) -> Trainer:
     """A plain Trainer, the same for both methods."""
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     of_head = {name for name in trainable if any(f"{part}." in name for part in head)}
@@ -210,9 +212,9 @@ def make_trainer(model: torch.nn.Module, args: TextArguments, head: list[str], d
         save_strategy="no",
         report_to="none",
         seed=args.seed,
-        disable_tqdm=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
     )
-    return Trainer(
+    trainer = Trainer(
         model=model,
         args=training_args,
         train_dataset=data.train,
@@ -221,6 +223,8 @@ def make_trainer(model: torch.nn.Module, args: TextArguments, head: list[str], d
         compute_metrics=compute_metrics,
         optimizers=(optimizer, None),
     )
+    show_one_bar(trainer, title)
+    return trainer
 
 
 def head_alone(args: TextArguments, model: str, data: Data) -> Result:
@@ -229,7 +233,7 @@ def head_alone(args: TextArguments, model: str, data: Data) -> Result:
     backbone.requires_grad_(False)
     for name in head:
         backbone.get_submodule(name).requires_grad_(True)
-    trainer = make_trainer(backbone, args, head, data)
+    trainer = make_trainer("head alone", backbone, args, head, data)
     trainer.train()
     trainable = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
     return Result("head alone", trainer.evaluate()["eval_accuracy"], trainable, backbone.num_parameters())
@@ -242,7 +246,7 @@ def e2vpt(args: TextArguments, model: str, data: Data) -> tuple[Result, np.ndarr
         num_visual_prompts=args.num_visual_prompts, num_kv_prompts=args.num_kv_prompts, modules_to_save=head
     )
     adapted = get_peft_model(backbone, config)
-    trainer = make_trainer(adapted, args, head, data)
+    trainer = make_trainer("E²VPT     ", adapted, args, head, data)
     trainer.train()
     logits, _, metrics = trainer.predict(data.test)
     adapted.save_pretrained(args.output_dir)
@@ -256,7 +260,7 @@ def reload(args: TextArguments, model: str, data: Data) -> np.ndarray:
     """Load the saved adapter into a fresh backbone; the logits of the test texts."""
     backbone, head = load_backbone(model, data.label, args.seed + 1)
     loaded = PeftModel.from_pretrained(backbone, args.output_dir)
-    return np.asarray(make_trainer(loaded, args, head, data).predict(data.test).predictions)
+    return np.asarray(make_trainer("reloaded", loaded, args, head, data).predict(data.test).predictions)
 
 
 def print_table(results: list[Result]) -> None:
@@ -270,6 +274,7 @@ def print_table(results: list[Result]) -> None:
 
 def main(argv: list[str] | None = None) -> list[Result]:
     """Run the example; returns the lines of the table."""
+    hide_notices()
     (args,) = HfArgumentParser(TextArguments).parse_args_into_dataclasses(argv)  # type: ignore[arg-type]
     model = args.model or packaged_bert()
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -285,11 +290,8 @@ def main(argv: list[str] | None = None) -> list[Result]:
         f"{args.dataset or 'docstrings of ' + ', '.join(LIBRARIES)}: {label.num_classes} classes, few labels: "
         f"{len(train)} training texts ({args.train_per_class} per class), {len(test)} test texts"
     )
-    print("\nHead alone")
     baseline = head_alone(args, model, data)
-    print("\nE²VPT")
     adapted, logits = e2vpt(args, model, data)
-    print("\nAdapter loaded into a fresh backbone")
     reloaded = reload(args, model, data)
     print_table([baseline, adapted])
     if not np.array_equal(logits, reloaded):

@@ -12,10 +12,18 @@ import torch
 
 import e2vpt_peft  # noqa: F401  (registers the method)
 
+from .support.native import skipping_where_transformers_refuses_this_peft
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def transformers_with_another_peft() -> Iterator[None]:
+    with skipping_where_transformers_refuses_this_peft():
+        yield
 
 
 @pytest.fixture(autouse=True)

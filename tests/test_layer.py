@@ -42,6 +42,15 @@ def test_dropout_is_drawn_per_sample_and_in_training_only(depth, field):
     assert not torch.allclose(dropped, model(pixel_values=twice).logits)
 
 
+def test_prompts_of_an_adapter_that_is_not_active_are_not_trained():
+    layer = first_layer(get_peft_model(tiny_vit(), E2VPTConfig()))
+    layer.update_layer("other", E2VPTConfig(), has_visual_prompts=True)
+    for prompts in (layer.e2vpt_visual_prompts, layer.e2vpt_kv_prompts):
+        assert prompts["default"].requires_grad and not prompts["other"].requires_grad
+    layer.update_layer("default", E2VPTConfig(inference_mode=True), has_visual_prompts=True)
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
 def test_dropout_scales_what_it_keeps_so_that_the_mean_stays():
     layer = first_layer(get_peft_model(tiny_vit(), E2VPTConfig(prompt_dropout=0.25, kv_prompt_dropout=0.25)))
     prompts = layer.e2vpt_visual_prompts["default"].detach()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from ..adapter import PromptedAdapter
+from .readme import is_hub_id
 
 TASKS_WITH_LABELS = (
     "audio-classification",
@@ -28,7 +30,10 @@ def usage(
     processor_id: str | None,
     task: str | None,
 ) -> str:
-    """Python code that loads backbone and adapter, and classifies an image if that is the task."""
+    """Python code that loads backbone and adapter, and classifies an image if that is the task.
+
+    Folders of this machine are `path/to/` and their name, whoever reads the card has others.
+    """
     backbone = adapter.backbone
     is_from_transformers = type(backbone).__module__.startswith("transformers.")
     classifies_images = task == "image-classification" and isinstance(backbone, PreTrainedModel)
@@ -41,16 +46,16 @@ def usage(
     lines += ["from PIL import Image"] if classifies_images else []
     if is_from_transformers:
         lines += [f"from transformers import {', '.join(names)}", ""]
-        arguments = [_text(base_model or "path/to/the/backbone"), *_backbone_options(adapter, task)]
+        arguments = [_location(base_model), *_backbone_options(adapter, task)]
         lines += [f"backbone = {_call(f'{type(backbone).__name__}.from_pretrained', arguments)}"]
     else:
         lines += ["", f"backbone = ...  # your own {type(backbone).__name__}, with its pretrained weights"]
-    lines += [f"model = PeftModel.from_pretrained(backbone, {_text(adapter_id)}{folder}).eval()"]
+    lines += [f"model = PeftModel.from_pretrained(backbone, {_location(adapter_id)}{folder}).eval()"]
     if classifies_images:
         lines += [
             "",
-            f"processor = AutoImageProcessor.from_pretrained({_text(processor or 'path/to/the/backbone')})",
-            'image = Image.new("RGB", (224, 224))  # your image',
+            f"processor = AutoImageProcessor.from_pretrained({_location(processor)})",
+            'image = e2vpt_peft.to_rgb(Image.open("image.png"))  # your image',
             "with torch.no_grad():",
             '    logits = model(**processor(image, return_tensors="pt")).logits',
             "print(backbone.config.id2label[logits.argmax().item()])",
@@ -71,6 +76,13 @@ def _backbone_options(adapter: PromptedAdapter, task: str | None) -> list[str]:
             options.append(f"num_labels={len(labels)}")
         options.append("ignore_mismatched_sizes=True")  # the adapter has its own head
     return options
+
+
+def _location(name: str | None) -> str:
+    """A Hub id as it is, a folder without the part of its path that is this machine's."""
+    if name is None:
+        return _text("path/to/the/backbone")
+    return _text(name if is_hub_id(name) else f"path/to/{Path(name).resolve().name}")
 
 
 def _call(function: str, arguments: list[str]) -> str:

@@ -16,8 +16,8 @@ from .config import PruningConfig
 from .search import SearchResult
 
 RESULTS, PLOT = "pruning_results.json", "pruning_results.png"
-TABLE = "pruning_candidates"
-"""The rows of all candidates, among the metrics of `train`."""
+TABLE, MESSAGE = "pruning_candidates", "pruning_message"
+"""The rows of all candidates and the sentence about them, among the metrics of `train`."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class SearchReport:
             "pruning_visual_prompts": best.masks.num_tokens,
             "pruning_parameters": best.parameters,
             "pruning_epochs": self.epochs,
-            "pruning_message": self.message,
+            MESSAGE: self.message,
             TABLE: self.rows,
         }
         return TrainOutput(sum(outcome.steps for outcome in outcomes.values()), train_loss, metrics)
@@ -125,5 +125,6 @@ def card_paragraph(config: PruningConfig, message: str) -> str:
 
 
 def printable(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Metrics of `train` to be printed, with the table as the number of its rows."""
-    return {**metrics, TABLE: f"{len(metrics[TABLE])} rows, in {RESULTS}"} if TABLE in metrics else metrics
+    """Metrics of `train` to be printed in columns: the table as the number of its rows, and without the sentence."""
+    shown = {name: value for name, value in metrics.items() if name != MESSAGE}
+    return {**shown, TABLE: f"{len(metrics[TABLE])} rows, in {RESULTS}"} if TABLE in metrics else shown

@@ -30,7 +30,7 @@ from .candidates import Candidate, Outcome
 from .config import Metric, PruningArguments, PruningConfig
 from .engines import Engines
 from .model_card import ModelCardTrainer, results_in
-from .report import SearchReport, card_paragraph, log_entry, printable
+from .report import MESSAGE, SearchReport, card_paragraph, log_entry, printable
 from .search import FINAL, TUNE, PruningSearch
 from .state import SearchState, on_main_process, settings_of
 
@@ -285,8 +285,10 @@ class E2VPTTrainer(ModelCardTrainer):
             super()._save(str(folder), state_dict)
 
     def log_metrics(self, split: str, metrics: dict[str, float]) -> None:
-        """As [`~transformers.Trainer.log_metrics`]; of the table of candidates it prints the number of rows."""
+        """As [`~transformers.Trainer.log_metrics`], then what was pruned, without the table of candidates."""
         super().log_metrics(split, printable(metrics))
+        if MESSAGE in metrics and self.is_world_process_zero():
+            print(metrics[MESSAGE])
 
     def _card_metrics(self) -> dict[str, float]:
         history: list[Any] = self.state.log_history

@@ -148,3 +148,12 @@ def test_it_compiles_to_one_graph():
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     for parameter, gradient in zip(prompt_parameters(model).values(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
+
+
+NAMES = {"swinv2": {"eager"}, "data2vec-vision": {"sdpa"}}
+
+
+def test_it_does_as_the_implementation_that_it_names():
+    """Which says in what form masks are."""
+    names = {name: {layer.implementation for layer in adapted_layers(adapt(make(name))).values()} for name in NAMES}
+    assert names == NAMES

@@ -8,7 +8,6 @@ import pickle
 import re
 import shutil
 import statistics
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
+from console import InputError
+from datasets import ClassLabel, load_dataset
+from peft import AutoPeftModel
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from transformers import (
@@ -32,26 +33,16 @@ from transformers import (
     SiglipConfig,
     SwinConfig,
     Trainer,
-    TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
+    pipeline,
 )
+
+from tests.support.pictures import NAMES
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"
 RECIPES = ROOT / "examples" / "recipes"
-
-NAMES = ["blue", "green", "red"]
-
-
-def pictures(count: int, seed: int) -> Dataset:
-    """Noise with one bright channel, which is the class."""
-    arrays = np.random.default_rng(seed).integers(0, 100, (count, 18, 22, 3), dtype=np.uint8)
-    labels = [index % 3 for index in range(count)]
-    for array, label in zip(arrays, labels):
-        array[..., 2 - label] += 100
-    features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
-    return Dataset.from_dict({"image": [PILImage.fromarray(a) for a in arrays], "label": labels}, features=features)
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +67,6 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "image_std": [0.1, 0.2, 0.3],
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of parquet: 30 images to train on, 12 to test."""
-    folder = tmp_path_factory.mktemp("data")
-    pictures(30, seed=0).to_parquet(folder / "train.parquet")
-    pictures(12, seed=1).to_parquet(folder / "test.parquet")
     return folder
 
 
@@ -118,9 +100,11 @@ def assert_same(first: Path, second: Path) -> None:
 # The whole script
 
 
-def test_plain_run(options: list[str], backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_run(
+    options: list[str], backbone: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
-    metrics = script.main([*options, "--num_train_epochs=10", "--learning_rate=0.02"])
+    metrics = script.main([*options, "--num_train_epochs=10", "--learning_rate=0.02", "--save_backbone"])
     printed = capsys.readouterr().out
     assert "3 classes; images: 24 train, 12 test, 6 validation" in printed
     assert "trainable params" in printed
@@ -134,12 +118,33 @@ def test_plain_run(options: list[str], backbone: Path, tmp_path: Path, capsys: p
     assert json.loads((out / "preprocessor_config.json").read_text())["image_mean"] == [0.4, 0.5, 0.6]
     assert AutoConfig.from_pretrained(out).id2label == dict(enumerate(NAMES))
     card = (out / "README.md").read_text()
-    assert str(backbone) in card and "- e2vpt\n" in card and "| visual prompts | 4 per layer (deep) |" in card
+    assert backbone.name in card and "- e2vpt\n" in card and "| visual prompts | 4 per layer (deep) |" in card
     assert "| accuracy | validation | 1 |" in card and "| accuracy | test | 1 |" in card
 
     again = script.main([*options, "--do_train=false", f"--adapter={out}", f"--output_dir={tmp_path / 'again'}"])
     for name in ("eval_accuracy", "eval_loss", "test_accuracy", "test_loss"):
         assert again[name] == pytest.approx(metrics[name], rel=1e-6), name
+    loaded_in_one_line(out, data, metrics["test_loss"])
+
+
+def loaded_in_one_line(folder: Path, data: Path, loss: float) -> None:
+    """As the guide says, prompts, head and labels; with `--save_backbone`, transformers alone loads all of it."""
+    labels = AutoConfig.from_pretrained(folder).id2label
+    adapted = AutoPeftModel.from_pretrained(folder, id2label=labels, ignore_mismatched_sizes=True)
+    test = load_dataset("parquet", data_files=str(data / "test.parquet"))["train"]
+    for classify in (
+        pipeline("image-classification", model=adapted.get_base_model(), image_processor=str(folder)),
+        pipeline("image-classification", model=str(folder)),
+        pipeline(
+            "image-classification",
+            model=AutoModelForImageClassification.from_pretrained(folder),
+            image_processor=str(folder),
+        ),
+    ):
+        answers = classify(list(test["image"]), batch_size=4, top_k=3)
+        names = [NAMES[label] for label in test["label"]]
+        scores = [{one["label"]: one["score"] for one in answer}[name] for answer, name in zip(answers, names)]
+        assert statistics.mean(-math.log(score) for score in scores) == pytest.approx(loss, rel=1e-4)
 
 
 def test_the_same_seed_gives_the_same_adapter(options: list[str], tmp_path: Path) -> None:
@@ -212,66 +217,55 @@ def test_final_training_on_all_images(options: list[str], tmp_path: Path, monkey
     assert "test_accuracy" in metrics and "eval_accuracy" not in metrics
 
 
-# Options and recipes
+def test_the_best_epoch_is_kept(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracy = iter([0.3, 0.9, 0.5, 0.9])  # of three epochs, and the evaluation of what is kept
+
+    def make_compute_metrics(name: str) -> Any:
+        return lambda prediction: {"accuracy": next(accuracy)}
+
+    monkeypatch.setattr(script, "make_compute_metrics", make_compute_metrics)
+    script.main([*options, "--num_train_epochs=3", "--save_total_limit=9", "--do_predict=false"])
+    assert_same(tmp_path / "out", tmp_path / "out" / "checkpoint-6")
+    last = adapter(tmp_path / "out" / "checkpoint-9")
+    assert not any(torch.equal(value, last[name]) for name, value in adapter(tmp_path / "out").items())
 
 
-def test_options_are_those_of_the_config_classes(tmp_path: Path) -> None:
-    args = script.parse(
-        [
-            f"--output_dir={tmp_path}",
-            "--visual_prompt_depth=shallow",
-            "--layers_to_transform",
-            "0",
-            "2",
-            "--modules_to_save",
-            "classifier",
-            "norm",
-            "--search=halving",
-            "--no_share_kv_prompts",
-        ]
-    )
-    assert args.prompts.visual_prompt_depth == "shallow"
-    assert args.prompts.layers_to_transform == [0, 2]
-    assert args.prompts.modules_to_save == ["classifier", "norm"]
-    assert args.prompts.share_kv_prompts is False
-    assert args.prompts.prompt_dropout == 0.1
-    assert not args.pruning.prune and args.pruning.search == "halving"
-    assert args.pruning.token_rates == pytest.approx([tenth / 10 for tenth in range(1, 10)])
-    assert isinstance(args.training, TrainingArguments) and args.training.learning_rate == 5e-3
-    assert args.training.do_train and args.training.do_eval and args.training.do_predict
+def test_when_there_is_a_best_epoch() -> None:
+    def keeps(*words: str) -> bool:
+        args = script.parse(list(words))
+        script.settle(args)
+        return args.training.load_best_model_at_end
+
+    assert keeps() and keeps("--prune")
+    assert not keeps("--train_on_validation"), "what is left to evaluate on is the test split"
+    assert not keeps("--save_strategy=no") and not keeps("--load_best_model_at_end=false")
 
 
-def test_help_lists_everything(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        script.parse(["--help"])
-    assert stop.value.code == 0
-    printed = capsys.readouterr().out
-    for option in ("--model", "--dataset", "--num_segments", "--token_rates", "--push_to_hub", "--optim_args"):
-        assert option in printed
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model=./missing"], "model='./missing': there is no such folder"),
+        (["--adapter=../missing"], "adapter='../missing': there is no such folder"),
+        ([f"--output_dir={__file__}"], "output_dir='.*' is a file: name a folder"),
+    ],
+)
+def test_wrong_places(words: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        script.main(words)
 
 
-@pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json"])
-def test_recipe_and_overriding_flags(tmp_path: Path, suffix: str) -> None:
-    recipe = {
-        "output_dir": str(tmp_path / "out"),
-        "num_visual_prompts": 3,
-        "target_modules": ["attention"],
-        "token_rates": [0.25],
-        "horizontal_flip": True,
-        "seed": 5,
-    }
-    path = tmp_path / f"recipe{suffix}"
-    if suffix == ".json":
-        path.write_text(json.dumps({**recipe, "learning_rate": 0.02}))
-    else:
-        path.write_text(yaml.safe_dump(recipe) + "learning_rate: 2e-2\n")  # a string to YAML
-    args = script.parse([str(path)])
-    assert args.training.learning_rate == 0.02
-    assert (args.training.seed, args.prompts.num_visual_prompts, args.data.horizontal_flip) == (5, 3, True)
-    assert args.prompts.target_modules == ["attention"] and args.pruning.token_rates == [0.25]
-    args = script.parse([str(path), "--seed=6", "--horizontal_flip=false", "--learning_rate=0.5"])
-    assert (args.training.seed, args.training.learning_rate, args.data.horizontal_flip) == (6, 0.5, False)
-    assert args.prompts.num_visual_prompts == 3
+def test_an_adapter_for_other_classes(tmp_path: Path) -> None:
+    ViTConfig(id2label={0: "ant", 1: "bee"}).save_pretrained(tmp_path)
+    script.check_labels(str(tmp_path), ClassLabel(names=["ant", "bee"]))
+    with pytest.raises(InputError, match=r"2 classes \(ant, bee\), but the data has 3 \(blue, green, red\)"):
+        script.check_labels(str(tmp_path), ClassLabel(names=NAMES))
+    with pytest.raises(InputError, match=r"\(ant, bee\), but the data has 2 \(bee, ant\): .* in the same order"):
+        script.check_labels(str(tmp_path), ClassLabel(names=["bee", "ant"]))
+    (tmp_path / "config.json").unlink()
+    script.check_labels(str(tmp_path), ClassLabel(names=NAMES))  # nothing is known
+
+
+# Recipes
 
 
 def test_run_from_a_recipe(options: list[str], tmp_path: Path) -> None:
@@ -281,16 +275,6 @@ def test_run_from_a_recipe(options: list[str], tmp_path: Path) -> None:
     metrics = script.main([str(tmp_path / "recipe.json"), "--num_train_epochs=1"])
     assert metrics["epoch"] == 1
     assert metrics["trainable_parameters"] == 2 * 1 * 32 + 2 * 2 * 32 + 3 * 32 + 3
-
-
-def test_mistakes_in_recipes(tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text("num_visual_prompt: 3\n")
-    with pytest.raises(ValueError, match="no option 'num_visual_prompt'; 'num_visual_prompts' is meant"):
-        script.parse([str(path)])
-    path.write_text("- 3\n")
-    with pytest.raises(ValueError, match="must map options to values"):
-        script.parse([str(path)])
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
@@ -341,123 +325,6 @@ def test_papers_optimiser(recipe: str, batch: int, backbone: Path, data: Path, t
     assert args.training.max_grad_norm == 0
 
 
-def test_papers_settings() -> None:
-    settings = json.loads((RECIPES / "paper_settings.json").read_text())
-    tasks = settings["tasks"]
-    assert len(tasks) == 19 + 5
-    for group in ("natural", "specialized", "structured"):
-        mean = statistics.mean(task["accuracy"] for task in tasks.values() if task["group"] == group)
-        assert mean == pytest.approx(settings["mean_accuracy"][group], abs=0.011)
-    assert Counter(task["group"] for task in tasks.values()) == {
-        "natural": 7,
-        "specialized": 4,
-        "structured": 8,
-        "fgvc": 5,
-    }
-    assert len(settings["grid"]["base_learning_rate"]) == 10 and len(settings["grid"]["weight_decay"]) == 4
-    options = script.names_of(
-        script.ModelArguments, script.DataArguments, script.PromptArguments, script.PruningArguments, TrainingArguments
-    )
-    names = [*settings["grid"], *settings["pruning"], *settings["final_runs"], "num_visual_prompts", "num_kv_prompts"]
-    assert set(names) <= options
-    assert all((RECIPES / task["recipe"]).exists() for task in tasks.values())
-
-
-# Data
-
-
-def split(**values: Any) -> Any:
-    return script.load_splits(
-        script.DataArguments(**{name: str(v) if isinstance(v, Path) else v for name, v in values.items()})
-    )
-
-
-def pixels(data: Dataset) -> list[bytes]:
-    return [np.asarray(image).tobytes() for image in data["image"]]
-
-
-def test_validation_images_are_split_off(data: Path) -> None:
-    first, again, other = (split(dataset=data, split_seed=seed) for seed in (0, 0, 1))
-    assert {name: len(part) for name, part in first.items()} == {"train": 24, "validation": 6, "test": 12}
-    assert not set(pixels(first["train"])) & set(pixels(first["validation"]))
-    assert Counter(first["validation"]["label"][:]) == {0: 2, 1: 2, 2: 2}
-    assert pixels(first["validation"]) == pixels(again["validation"])
-    assert pixels(first["validation"]) != pixels(other["validation"])
-    few = split(dataset=data, max_train_samples=10, max_eval_samples=5, validation_fraction=0.4)
-    assert {name: len(part) for name, part in few.items()} == {"train": 6, "validation": 4, "test": 5}
-
-
-def test_train_on_validation(data: Path) -> None:
-    splits = split(dataset=data, train_on_validation=True)
-    assert sorted(pixels(splits["train_and_validation"])) == sorted(pixels(load_dataset(str(data))["train"]))
-    with pytest.raises(ValueError, match="there is no test split"):
-        split(dataset=data / "train.parquet", train_on_validation=True)
-
-
-@pytest.mark.parametrize(
-    "layout", ["image folder", "image folder with splits", "parquet file", "splits of other names"]
-)
-def test_own_data(tmp_path: Path, layout: str) -> None:
-    names: dict[str, Any] = {}
-    source = tmp_path / "data"
-    source.mkdir()
-    images = pictures(30, seed=0)
-    if layout.startswith("image folder"):
-        for index, row in enumerate(images):
-            part = ("validation" if index < 9 else "train") if "splits" in layout else ""
-            folder = source / part / NAMES[row["label"]]
-            folder.mkdir(parents=True, exist_ok=True)
-            row["image"].save(folder / f"{index}.png")
-        counts = {"train": 21, "validation": 9} if "splits" in layout else {"train": 24, "validation": 6}
-    elif layout == "parquet file":
-        source = source / "images.parquet"
-        images.to_parquet(source)
-        counts = {"train": 24, "validation": 6}
-    else:
-        # Bytes that are no declared images, labels as text.
-        features = Features({"picture": Image(), "kind": Value("string")})
-        rows = {"picture": images["image"][:], "kind": [NAMES[label] for label in images["label"]]}
-        changed = Dataset.from_dict(rows, features=features)
-        changed.to_parquet(source / "train.parquet")
-        changed.select(range(9)).to_parquet(source / "test.parquet")
-        names = {"validation_split": "test", "image_column": "picture", "label_column": "kind"}
-        counts = {"train": 30, "validation": 9}
-    splits = split(dataset=source, **names)
-    assert {name: len(part) for name, part in splits.items()} == counts
-    for part in splits.values():
-        assert part.column_names == ["image", "label"]
-        assert part.features["label"].names == NAMES
-        for row in part:  # a picture's brightest channel is its class
-            assert 2 - np.asarray(row["image"]).mean((0, 1)).argmax() == row["label"]
-
-
-def test_numbers_as_labels(tmp_path: Path) -> None:
-    """Numbers in their order, wherever they start; the same classes in all splits."""
-    images = pictures(30, seed=0)
-    labels = [(10, 9, 100)[label] for label in images["label"]]
-    features = Features({"image": Image(), "label": Value("int64")})
-    data = Dataset.from_dict({"image": images["image"][:], "label": labels}, features=features)
-    data.to_parquet(tmp_path / "train.parquet")
-    data.filter(lambda row: row["label"] == 100).to_parquet(tmp_path / "test.parquet")
-    splits = split(dataset=tmp_path)
-    assert splits["train"].features["label"].names == ["9", "10", "100"]
-    assert set(splits["test"]["label"][:]) == {2}
-    data.filter(lambda row: row["label"] != 9).to_parquet(tmp_path / "train.parquet")
-    data.to_parquet(tmp_path / "test.parquet")
-    with pytest.raises(ValueError, match="labels 9 are not among"):
-        split(dataset=tmp_path)
-
-
-def test_mistakes_about_data(data: Path) -> None:
-    with pytest.raises(ValueError, match="validation_split='dev' is not there: the splits are"):
-        split(dataset=data, validation_split="dev")
-    with pytest.raises(ValueError, match="label_column='species' is not there: the columns are image, label"):
-        split(dataset=data, label_column="species")
-    for name, value in {"validation_fraction": 1.0, "min_crop_area": 0.0}.items():
-        with pytest.raises(ValueError, match=f"{name}={value}"):
-            script.DataArguments(**{name: value})
-
-
 # Augmentation and preprocessing
 
 
@@ -479,7 +346,7 @@ def test_mean_and_deviation_are_the_processors(backbone: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["none", "resized_crop", "crop"])
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "I;16", "F", "CMYK"])
 def test_every_image_gets_the_models_size(backbone: Path, kind: str, mode: str) -> None:
     processor = processor_of(backbone)
     images = [PILImage.new(mode, size) for size in ((16, 16), (5, 40), (300, 7), (1, 1))]
@@ -514,6 +381,12 @@ def test_crops_of_an_image_of_the_models_own_size_keep_pixels(backbone: Path) ->
     image = PILImage.fromarray(array)
     _, evaluation = script.make_transforms(script.DataArguments(augmentation="crop"), processor)
     assert np.array_equal(np.asarray(evaluation(image)), array[1:17, 1:17])
+
+
+def test_grey_levels_above_255_are_no_white(backbone: Path) -> None:
+    images = [PILImage.new("I;16", (16, 16), level) for level in (3000, 60000)]
+    dark, bright = script.preprocess({"image": images, "label": [0, 1]}, processor_of(backbone), None)["pixel_values"]
+    assert (bright - dark).min() > 2
 
 
 def noise(width: int = 30, height: int = 20) -> PILImage.Image:
@@ -621,19 +494,18 @@ def test_head_is_found(config: Any, head: str) -> None:
 # The documentation, and data that is not part of the repository
 
 
-def test_code_in_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("sklearn")
-    text = (ROOT / "docs" / "image_classification.md").read_text()
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    monkeypatch.chdir(tmp_path)
-    script.main(["examples/recipes/digits.yaml", "--num_train_epochs=1", "--max_eval_samples=40", "--use_cpu"])
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) >= 3
-    for block in blocks:
-        exec(compile(block, "docs/image_classification.md", "exec"), {})
-    for command in re.findall(r"python examples/image_classification.py ((?:\\\n|[^\n])*)", text):
-        if "{" not in command and "..." not in command:
-            script.parse(command.replace("\\\n", " ").split())
+def test_commands_in_the_documentation() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    commands = [
+        command.replace("\\\n", " ")
+        for page in pages
+        for command in re.findall(
+            r"^python examples/image_classification.py ((?:\\\n|[^\n])*)", page.read_text(), re.M
+        )
+    ]
+    assert len(commands) >= 5
+    for command in commands:
+        script.parse([str(ROOT / word) if word.startswith("examples/recipes/") else word for word in command.split()])
 
 
 @pytest.mark.slow

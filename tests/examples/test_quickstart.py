@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,14 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, TrainerState
 
 pytest.importorskip("sklearn")
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"
-data_and_backbone, quickstart = (importlib.import_module(name) for name in ("data_and_backbone", "quickstart"))
+data_and_backbone, progress, quickstart = (
+    importlib.import_module(name) for name in ("data_and_backbone", "progress", "quickstart")
+)
 
 BRIEF = ["--epochs=1", "--train_per_class=2", "--max_test_images=48"]
 
@@ -73,9 +76,11 @@ def test_both_methods_start_with_the_same_head() -> None:
     assert not torch.equal(first, other)
 
 
-def test_main_prints_the_table_and_reloads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_prints_the_table_and_reloads(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     results = quickstart.main([*BRIEF, f"--output_dir={tmp_path}"])
-    printed = capsys.readouterr().out
+    printed, notices = capfd.readouterr()
+    assert len(printed.splitlines()) == 7, "a headline, the table, the last line, and two empty ones"
+    assert notices == "", "nothing of libraries, and no bars where nobody watches"
     assert [result.method for result in results] == ["linear probe", "E²VPT"]
     probe, adapted = results
     assert probe.trainable == 10 * 128 + 10
@@ -91,10 +96,25 @@ def test_main_prints_the_table_and_reloads(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_a_different_prediction_after_reload_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quickstart, "reload", lambda *_: np.zeros((48, 10), dtype=np.float32))
+    result, logits = quickstart.Result("any", 0.5, 1, 10), np.ones((48, 10), dtype=np.float32)
+    monkeypatch.setattr(quickstart, "linear_probe", lambda *_: result)
+    monkeypatch.setattr(quickstart, "e2vpt", lambda *_: (result, logits))
+    monkeypatch.setattr(quickstart, "reload", lambda *_: logits.copy())
+    quickstart.main([*BRIEF, f"--output_dir={tmp_path}"])
+    monkeypatch.setattr(quickstart, "reload", lambda *_: logits + 1e-3)
     with pytest.raises(SystemExit) as failure:
         quickstart.main([*BRIEF, f"--output_dir={tmp_path}"])
-    assert "predicts differently" in str(failure.value.code)
+    assert "predicts differently (by up to 0.001)" in str(failure.value.code)
+
+
+def test_one_bar_for_each_training(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    bar, state = progress.OneBar("probe"), TrainerState(max_steps=3)
+    bar.on_train_begin(None, state, None)
+    for _ in range(3):
+        bar.on_step_end(None, state, None)
+    bar.on_train_end(None, state, None)
+    assert "probe: 100%" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("layout", ["parquet folder", "parquet splits", "parquet file", "image folder"])
@@ -115,8 +135,9 @@ def test_own_data(tmp_path: Path, pictures: Dataset, layout: str) -> None:
     train, test = load_data(str(source), train_per_class=4)
     assert sorted(train["label"][:]) == [0] * 4 + [1] * 4 + [2] * 4
     assert len(test) == (9 if layout == "parquet splits" else 12)
-    results = quickstart.main([*BRIEF, f"--dataset={source}", f"--output_dir={tmp_path / 'out'}"])
-    assert len(results) == 2
+    if layout == "image folder":
+        results = quickstart.main([*BRIEF, f"--dataset={source}", f"--output_dir={tmp_path / 'out'}"])
+        assert len(results) == 2
 
 
 def test_no_image_left_to_test_on(tmp_path: Path, pictures: Dataset) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import subprocess
 import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,14 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
+from PIL import Image
 from torch.utils.data import Dataset
 from transformers import Trainer, ViTForImageClassification, ViTImageProcessor
 
 from e2vpt_peft import E2VPTConfig, E2VPTTrainer, ModelCardTrainer, PruningConfig, push_model_card
 
 from ..support.models import tiny_vit
+from ..support.snippet import run_beside_an_image
 from ..trainer.toy import TRAIN, VALIDATION, accuracy, arguments
 from .client import HubClient, environment
 from .server import HubServer
@@ -70,9 +70,7 @@ def snippet(card: str) -> str:
 
 
 def run(code: str) -> str:
-    with redirect_stdout(io.StringIO()) as printed:
-        exec(compile(code, "README.md", "exec"), {})
-    return printed.getvalue().strip()
+    return run_beside_an_image(code)
 
 
 # Without a Trainer
@@ -94,9 +92,11 @@ def test_a_pushed_card_says_what_the_hub_shows(hub: HubServer, client: HubClient
 def test_the_code_runs_in_a_fresh_process(hub: HubServer, client: HubClient, tmp_path: Path) -> None:
     """As a reader runs it, with nothing imported and nothing in the cache."""
     client.run(push_with_card, "ann/corners")
+    Image.new("RGBA", (20, 30)).save(tmp_path / "image.png")
     path = f"{Path(__file__).parents[2]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     process = subprocess.run(
         [sys.executable, "-c", snippet(readme(hub, "ann/corners"))],
+        cwd=tmp_path,
         env={**environment(hub.url, tmp_path / "hf"), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

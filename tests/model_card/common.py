@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import re
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +31,10 @@ def metadata(text: str) -> Any:
     return ModelCard(text).data
 
 
-def run_snippet(text: str) -> str:
+def snippet(text: str) -> str:
     code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
     assert code.startswith("import e2vpt_peft")
-    with redirect_stdout(io.StringIO()) as printed:
-        exec(compile(code, "README.md", "exec"), {})
-    return printed.getvalue().strip()
+    return code
 
 
 def generated(text: str) -> str:

@@ -20,3 +20,10 @@ def test_gradients_that_are_too_large_when_scaled_are_computed_with_a_smaller_sc
     loss = (values.half().float() * 30000).sum()
     (gradient,) = gradients_of(loss, [values])
     torch.testing.assert_close(gradient, torch.full((3,), 30000.0, dtype=torch.float64), rtol=1e-3, atol=0)
+
+
+def test_no_scale_changes_a_digit():
+    for factor in (3, 101, 30000):  # which each takes another scale in float16
+        values = torch.ones(3, requires_grad=True)
+        (gradient,) = gradients_of((values.half().float() * factor).sum(), [values])
+        assert (gradient == factor).all()

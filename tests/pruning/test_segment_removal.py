@@ -89,6 +89,23 @@ def test_other_losses_than_cross_entropy_are_taken_as_linear():
     assert torch.corrcoef(torch.stack([whole.flatten(), exact.flatten()]))[0, 1] > 0.5
 
 
+def test_only_a_plain_cross_entropy_of_one_label_for_each_sample_is_one():
+    """Of others, though PyTorch calls them so, too, no logit of a sample's own label can be followed."""
+    logits, labels = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    loss = torch.nn.functional.cross_entropy(logits, labels)
+    assert segment_removal._is_cross_entropy(loss, logits, labels)
+    assert not segment_removal._is_cross_entropy(loss + 0.1, logits, labels)
+    for others in (
+        (torch.randn(4, 5, 3), torch.zeros(4, 3, dtype=torch.long)),  # one for each pixel
+        (logits, torch.tensor([0, 1, 2, -100])),  # a sample that is left out
+        (logits, torch.randn(4, 5).softmax(-1)),  # shares of labels
+    ):
+        assert not segment_removal._is_cross_entropy(torch.nn.functional.cross_entropy(*others), *others)
+    hot, dense = torch.eye(4, 5).long(), torch.randn(4, 5, 3)
+    for others in ((logits, hot), (logits, labels.float()), (dense, labels), (None, labels), (logits, None)):
+        assert not segment_removal._is_cross_entropy(loss, *others)
+
+
 @torch.no_grad()
 def test_windows_belong_to_their_samples():
     model = adapt(make("swin"))

@@ -34,12 +34,12 @@ def read_only():
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("size", [0, 300, 1500, 5000])
+@pytest.mark.parametrize("size", [0, 300, 1500, 4500])
 def test_saving_on_a_full_disk_leaves_the_adapter_saved_before(tmp_path, size):
     trainer = make_trainer(tmp_path / "out")
     trainer.save_model(str(tmp_path / "saved"))
     before = contents(tmp_path / "saved")
-    assert len(before) == 4 and max(map(len, before.values())) > 5000
+    assert len(before) == 4 and max(map(len, before.values())) > 4500
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.add_(1)

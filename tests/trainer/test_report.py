@@ -95,4 +95,5 @@ def test_the_table_is_printed_as_its_number_of_rows() -> None:
     shown = printable(metrics)
     assert shown["pruning_candidates"] == "2 rows, in pruning_results.json"
     assert len(metrics["pruning_candidates"]) == 2, "what is saved is the table"
+    assert metrics["pruning_message"] not in shown.values(), "a sentence would widen all columns"
     assert printable({"eval_loss": 1.0}) == {"eval_loss": 1.0}
