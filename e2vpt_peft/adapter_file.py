@@ -7,52 +7,30 @@ changed, so that a bad file has to be found out when the configuration is read.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from .prompt_shapes import KV_PROMPTS, PREFIX, VISUAL_PROMPTS
-
-INSIDE_WRAPPERS = {"base_layer", "original_module", "modules_to_save"}
-"""In a model, PEFT's wrappers have these in the names of weights; a saved adapter has none of them."""
-NOT_DOWNLOADED = (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError)
-"""The Hub's ways of saying that there is no such file. All other errors, a full disk among them, are the user's to
-see."""
-NOTHING_LOADED = "Nothing has been loaded."
-
-
-FIELDS = {
-    VISUAL_PROMPTS: "num_visual_prompts, token_mask, segment_mask",
-    KV_PROMPTS: "num_kv_prompts, share_kv_prompts",
-}
-"""The fields of the configuration that the shapes of prompts follow from."""
-
-
-class ExpectedWeights(NamedTuple):
-    """What the file of an adapter has to hold, by its configuration.
-
-    Attributes:
-        shapes (`Sequence[Mapping[str, tuple[int, ...]]]`):
-            Those of [`~e2vpt_peft.prompt_shapes.prompt_shapes`], for each size of attention that the backbone has; 0
-            stands for any size.
-        num_layers (`int`, *optional*): The number of layers of the backbone, if it is known.
-        modules_to_save (`Sequence[str]`): The adapter's.
-    """
-
-    shapes: Sequence[Mapping[str, tuple[int, ...]]]
-    num_layers: int | None
-    modules_to_save: Sequence[str]
+from .prompt_shapes import SEGMENT_MASK
+from .saved_weights import (
+    FLOATS,
+    MAX_TENSORS,
+    NOTHING_LOADED,
+    ExpectedWeights,
+    SavedWeights,
+    check_finite,
+    check_layers,
+    check_names,
+    check_segment_mask,
+    check_shape,
+    check_type,
+    is_prompt,
+)
 
 
 def check_adapter_file(
@@ -60,17 +38,19 @@ def check_adapter_file(
     folder: str,
     subfolder: str | None = None,
     download: Mapping[str, Any] | None = None,
-) -> None:
+) -> SavedWeights | None:
     """Refuse weights that are pickled, damaged, of something else, not finite, or not what the configuration says.
 
     Only the names, types and shapes in the file's header are looked at before all of them are found to be right.
-    Without any weights there is nothing to check: what is missing, PEFT says when it wants them.
 
     Args:
         expected ([`ExpectedWeights`]): What the configuration that was saved with the weights says of them.
         folder (`str`): The folder, or the repository on the Hub, that both are in.
         subfolder (`str`, *optional*): The subfolder of that.
         download (`Mapping[str, Any]`, *optional*): Arguments of `hf_hub_download`.
+
+    Returns:
+        [`SavedWeights`]: What the file has, or `None` if a configuration stands there alone.
 
     Raises:
         ValueError: The weights are refused; the message has the file, what is wrong and what helps.
@@ -83,14 +63,20 @@ def check_adapter_file(
         file = _downloaded(folder, SAFETENSORS_WEIGHTS_NAME, subfolder, download)
         pickled = file or _downloaded(folder, WEIGHTS_NAME, subfolder, download)
     if file is not None:
-        _check(expected, file)
-    elif pickled is not None:
+        return _check(expected, file)
+    if pickled is not None:
         raise ValueError(
             f"{pickled} is a pickle, which can hide code, and no pickle is loaded. Save the adapter as safetensors, "
             "which is what save_pretrained does unless told otherwise, or, if you trust the file, convert it: "
             f"safetensors.torch.save_file(torch.load({WEIGHTS_NAME!r}, weights_only=True), "
             f"{SAFETENSORS_WEIGHTS_NAME!r}). {NOTHING_LOADED}"
         )
+    if expected.must_exist:
+        raise ValueError(
+            f"{path} has the configuration of a saved adapter, but no {SAFETENSORS_WEIGHTS_NAME}: copy it again, "
+            f"whole. For the configuration alone, call PeftConfig.from_pretrained. {NOTHING_LOADED}"
+        )
+    return None
 
 
 def _existing(path: str) -> Path | None:
@@ -98,112 +84,50 @@ def _existing(path: str) -> Path | None:
 
 
 def _downloaded(repository: str, name: str, subfolder: str | None, download: Any) -> Path | None:
-    """The file, which PEFT finds in the cache later, or `None` if there is none: PEFT says then what is wrong."""
+    """The file, which PEFT finds in the cache later, or `None` if the repository has none of that name.
+
+    A file that could not be asked for is not one that is not there: PEFT would ask once more, and load it unchecked.
+    """
     try:
         return Path(hf_hub_download(repository, name, subfolder=subfolder, **(download or {})))
-    except NOT_DOWNLOADED:
+    except LocalEntryNotFoundError as error:
+        if constants.HF_HUB_OFFLINE or (download or {}).get("local_files_only"):  # PEFT looks into the cache only, too
+            return None
+        raise ValueError(
+            f"'{name}' of {repository} cannot be checked, as the Hub did not answer ({error.__cause__ or error}): try "
+            f"again. {NOTHING_LOADED}"
+        ) from error
+    except EntryNotFoundError:
         return None
 
 
-def _check(expected: ExpectedWeights, path: Path) -> None:
+def _check(expected: ExpectedWeights, path: Path) -> SavedWeights:
     if not path.is_file():  # neither a folder nor a device that never ends
         raise ValueError(f"{path} is no file, but should hold the weights of the adapter. {NOTHING_LOADED}")
     try:
         with safe_open(path, framework="pt") as file:
-            header = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (no dictionary)
-            check_names(list(header), expected.modules_to_save, str(path))
-            _check_number_of_layers(expected.num_layers, path, header)
+            names = list(file.keys())
+            if len(names) > MAX_TENSORS:
+                raise ValueError(
+                    f"{path} has {len(names)} tensors. Up to {MAX_TENSORS} are read: an adapter has a few per layer. "
+                    f"{NOTHING_LOADED}"
+                )
+            check_names(names, expected.modules_to_save, str(path))
+            header = {name: file.get_slice(name) for name in names}
+            shapes = {name: tuple(part.get_shape()) for name, part in header.items()}
             for name, part in header.items():
-                _check_shape(expected.shapes, path, name, part.get_shape(), part.get_dtype())
-            for name in header:
+                check_type(name, part.get_dtype(), str(path))
+                check_shape(name, shapes[name], expected.shapes, str(path))
+            check_layers(names, expected, str(path))
+            for name in names:
                 if is_prompt(name):
                     check_finite(name, file.get_tensor(name), str(path))
+                elif header[name].get_dtype() in FLOATS:
+                    check_finite(name, file.get_tensor(name), str(path), infinite=False)
+                if name.endswith(f".{SEGMENT_MASK}"):
+                    check_segment_mask(file.get_tensor(name), expected.segment_mask, str(path))
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} is damaged, cut short, or no safetensors file ({error}): get the adapter anew. {NOTHING_LOADED}"
         ) from error
-
-
-def is_prompt(name: str) -> bool:
-    """Whether a tensor of that name in a saved adapter holds prompts."""
-    return name.rpartition(".")[2].startswith(PREFIX)
-
-
-def check_names(names: Sequence[str], modules_to_save: Sequence[str] | None, where: str) -> None:
-    """Refuse weights that are not those of an adapter.
-
-    PEFT would load a tensor that has the name of a weight of the backbone into the backbone.
-
-    Args:
-        names (`Sequence[str]`): The names of saved tensors.
-        modules_to_save (`Sequence[str]`, *optional*): The adapter's.
-        where (`str`): What they were saved in, for the message.
-
-    Raises:
-        ValueError: There are no prompts, or something is neither a prompt nor of the `modules_to_save`.
-    """
-    if not any(map(is_prompt, names)):
-        raise ValueError(
-            f"{where} has no prompts, but {_some(names)}: it is not the file of an E2VPT adapter. {NOTHING_LOADED}"
-        )
-    saved = [name for name in names if not is_prompt(name)]
-    own = [name for name in saved if any(f"{module}." in name for module in modules_to_save or [])]
-    foreign = [name for name in saved if name not in own or INSIDE_WRAPPERS.intersection(name.split("."))]
-    if foreign:
-        raise ValueError(
-            f"{where} has {_some(foreign)}, which are neither prompts nor of modules_to_save="
-            f"{list(modules_to_save or [])}, and would overwrite the backbone. If they belong to the adapter, name "
-            "their modules in modules_to_save. If they are embeddings that PEFT has added, save the adapter with "
-            f"save_embedding_layers=False. {NOTHING_LOADED}"
-        )
-
-
-def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
-    """Refuse prompts that are NaN or infinite, with the name of the tensor.
-
-    Raises:
-        ValueError: They are.
-    """
-    if not tensor.is_meta and not tensor.isfinite().all():
-        count = int((~tensor.isfinite()).sum())
-        raise ValueError(
-            f"{where}: {count} of {tensor.numel()} values of '{name}' are NaN or infinite. The training that made "
-            f"the adapter diverged, or the file is damaged. {NOTHING_LOADED}"
-        )
-
-
-def _check_number_of_layers(number: int | None, path: Path, names: Iterable[str]) -> None:
-    layers = {name.rpartition(".")[0] for name in names if is_prompt(name)}
-    if number is not None and len(layers) > number:
-        raise ValueError(
-            f"{path} has prompts for {len(layers)} layers, but the adapter was made for a backbone with {number}: "
-            f"{_some(sorted(layers))}. The two files do not belong together, or one of them was changed. "
-            f"{NOTHING_LOADED}"
-        )
-
-
-def _check_shape(
-    shapes: Sequence[Mapping[str, tuple[int, ...]]], path: Path, name: str, shape: list[int], dtype: str
-) -> None:
-    kind = name.rpartition(".")[2]
-    if kind not in FIELDS:
-        return
-    allowed = list(dict.fromkeys(one[kind] for one in shapes if kind in one))
-    if not dtype.startswith(("F", "BF")):
-        raise ValueError(f"{path}: '{name}' has type {dtype}, but prompts are floating-point. {NOTHING_LOADED}")
-    fits = any(
-        len(shape) == len(one) and all(there == should or not should for there, should in zip(shape, one))
-        for one in allowed
-    )
-    if not fits:
-        words = " or ".join("(" + ", ".join(str(size or "any") for size in one) + ")" for one in allowed) or "none"
-        raise ValueError(
-            f"{path}: '{name}' has shape {tuple(shape)}, but by the configuration ({FIELDS[kind]}) it should be "
-            f"{words}. The two files do not belong together, or one of them was changed: get the adapter anew. "
-            f"{NOTHING_LOADED}"
-        )
-
-
-def _some(names: Sequence[str], limit: int = 3) -> str:
-    listed = ", ".join(f"'{name}'" for name in names[:limit])
-    return (listed or "nothing at all") + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return SavedWeights(str(path), shapes)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import reprlib
 from dataclasses import dataclass, field, fields
-from itertools import product
-from typing import Any, Literal, Optional, Union
+from typing import Any, ClassVar, Literal, Optional, Union
 
 from peft import PeftConfig
 
-from .adapter_file import NOTHING_LOADED, ExpectedWeights, check_adapter_file
+from .adapter_file import check_adapter_file
 from .masks import PromptMasks
-from .prompt_shapes import AttentionSizes, prompt_shapes
+from .prompt_shapes import AttentionSizes, saved_shapes
 from .registration import E2VPTType
-from .utils.fields import check_choice, check_integer, check_module_names, check_probability, check_type
+from .saved_weights import NOTHING_LOADED, ExpectedWeights, SavedWeights
+from .utils.fields import MAX_NAMES, check_choice, check_integer, check_module_names, check_probability, check_type
 from .version import __version__
 
 MAX_PROMPTS = 10_000
 """More than that per layer are no prompts any more (a ViT-B/16 has 197 tokens), and would only fill the memory."""
+MAX_SEGMENTS = 10_000_000
+"""Of all prompts together: 10,000 prompts of 1,000 segments. The masks of more would only fill the memory."""
 
 
 @dataclass
@@ -204,6 +206,9 @@ class E2VPTConfig(PeftConfig):
         metadata={"help": "Which segments of each visual prompt pruning kept; written by `prune_prompts`."},
     )
 
+    saved_weights: ClassVar[Optional[SavedWeights]] = None
+    """Of a configuration that was read with weights beside it, until an adapter is made of it: what they are."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = E2VPTType.E2VPT
@@ -226,14 +231,23 @@ class E2VPTConfig(PeftConfig):
         for name in ("prompt_dropout", "kv_prompt_dropout"):
             check_probability(name, getattr(self, name))
         check_integer("num_segments", self.num_segments, at_least=1)
+        if max(self.num_visual_prompts, 1) * self.num_segments > MAX_SEGMENTS:
+            raise ValueError(
+                f"num_segments={self.num_segments!r} of num_visual_prompts={self.num_visual_prompts!r} are more than "
+                f"{MAX_SEGMENTS:,} in all: a prompt has at most as many segments as components, a few thousand."
+            )
         if self.num_special_tokens is not None:
             check_integer("num_special_tokens", self.num_special_tokens, at_least=0)
         check_type("attention_norm", self.attention_norm, str, "the name of a module", optional=True)
         check_module_names("target_modules", self.target_modules, or_pattern=True)
         check_module_names("exclude_modules", self.exclude_modules, or_pattern=True)
-        check_module_names("layers_pattern", self.layers_pattern, or_pattern=True)
-        check_module_names("modules_to_save", self.modules_to_save)
+        # PEFT puts these into regular expressions.
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        check_module_names("layers_pattern", patterns or None, literal=True)
+        check_module_names("modules_to_save", self.modules_to_save, literal=True)
         _check_layer_indices(self.layers_to_transform)
+        if isinstance(self.layers_to_transform, (list, tuple)):
+            self.layers_to_transform = list(dict.fromkeys(self.layers_to_transform))
         _check_backbone_sizes(self.backbone)
         if self.token_mask is not None:
             _check_mask("token_mask", self.token_mask, [self.num_visual_prompts])
@@ -264,17 +278,20 @@ class E2VPTConfig(PeftConfig):
     def _expected_weights(self) -> ExpectedWeights:
         """What the file beside this configuration has to hold; any size where the backbone's is not known."""
         backbone = self.backbone or {}
-
-        def sizes(name: str) -> list[int]:
-            size = backbone.get(name, 0)
-            return sorted(set(size)) if isinstance(size, list) else [size]
-
+        sizes = [backbone.get(name, 0) for name in AttentionSizes._fields]
+        # Sizes that are not the same everywhere are lists, with a number for each layer.
+        number = max((len(size) for size in sizes if isinstance(size, list)), default=1)
+        of_layers = zip(*(size if isinstance(size, list) else [size] * number for size in sizes))
         masks = PromptMasks.of(self)
-        shapes = [
-            prompt_shapes(self, AttentionSizes(*each), masks)
-            for each in product(sizes("hidden_size"), sizes("num_heads"), sizes("head_size"))
-        ]
-        return ExpectedWeights(shapes, backbone.get("num_layers"), list(self.modules_to_save or []))
+        return ExpectedWeights(
+            shapes=[saved_shapes(self, AttentionSizes(*each), masks) for each in dict.fromkeys(of_layers)],
+            num_layers=backbone.get("num_layers"),
+            modules_to_save=list(self.modules_to_save or []),
+            is_shallow=self.visual_prompt_depth == "shallow",
+            in_all_layers=self.layers_to_transform is None,
+            segment_mask=masks.segments.tolist() if masks.has_pruned_segments else None,
+            must_exist=self.inference_mode,
+        )
 
     @classmethod
     def from_pretrained(
@@ -282,8 +299,9 @@ class E2VPTConfig(PeftConfig):
     ) -> PeftConfig:
         """Load a configuration, as [`~peft.PeftConfig.from_pretrained`], and check the weights that are beside it.
 
-        PEFT calls this before it touches the model. To read the configuration of an adapter whose weights are
-        refused, call `PeftConfig.from_pretrained`.
+        PEFT calls this before it touches the model. What the header of the file says is compared with the model when
+        the adapter is put into it. For the configuration alone, whatever the weights are, call
+        `PeftConfig.from_pretrained`.
 
         Args:
             pretrained_model_name_or_path (`str`): The folder, or the repository on the Hub.
@@ -299,7 +317,11 @@ class E2VPTConfig(PeftConfig):
         config: PeftConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, E2VPTConfig):
             download, _, _ = cls._split_kwargs(kwargs)
-            check_adapter_file(config._expected_weights(), pretrained_model_name_or_path, subfolder, download)
+            saved = check_adapter_file(config._expected_weights(), pretrained_model_name_or_path, subfolder, download)
+            if saved is not None:
+                # `PeftModel.load_adapter` passes the one and keeps the other for itself.
+                later = "ephemeral_gpu_offload" in kwargs or bool(kwargs.get("ignore_mismatched_sizes"))
+                vars(config)["saved_weights"] = saved._replace(heads_are_compared_later=later)
         return config
 
     @classmethod
@@ -327,10 +349,22 @@ def _check_layer_indices(value: Any) -> None:
 
 def _check_backbone_sizes(value: Any) -> None:
     check_type("backbone", value, dict, "a dictionary", optional=True)
-    for name in ("num_layers", "hidden_size", "num_heads", "head_size"):
-        size = (value or {}).get(name, 1)
-        for one in size if isinstance(size, list) and size else [size]:
+    backbone = value or {}
+    check_integer("backbone['num_layers']", backbone.get("num_layers", 1), at_least=1)
+    lengths = set()
+    for name in AttentionSizes._fields:
+        size = backbone.get(name, 1)
+        several = isinstance(size, list)
+        for one in size if several else [size]:
             check_integer(f"backbone[{name!r}]", one, at_least=1)
+        if several:
+            lengths.add(len(size))
+    most = min(backbone.get("num_layers", MAX_NAMES), MAX_NAMES)
+    if len(lengths) > 1 or not all(1 <= length <= most for length in lengths):
+        raise ValueError(
+            f"backbone={reprlib.repr(value)} has lists of {sorted(lengths)} sizes: there must be one for each adapted "
+            f"layer, of which there are at most {most}."
+        )
 
 
 def _check_mask(name: str, value: Any, shape: list[int]) -> None:

@@ -16,7 +16,7 @@ from .config import E2VPTConfig
 from .initialization import draw_prompts
 from .masks import PromptMasks
 from .mixed_batch import RoutedModulesToSave
-from .prompt_shapes import KV_PROMPTS, VISUAL_PROMPTS, prompt_shapes
+from .prompt_shapes import KV_PROMPTS, SEGMENT_MASK, VISUAL_PROMPTS, prompt_shapes
 from .route import Route
 from .running_pass import Passes
 
@@ -46,7 +46,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = (VISUAL_PROMPTS, KV_PROMPTS)
-    other_param_names = ("adapter_configs", "kept_components", "initial_prompts")
+    other_param_names = ("adapter_configs", "kept_components", SEGMENT_MASK, "initial_prompts")
 
     def __init__(self, base_layer: nn.Module, site: AttentionSite) -> None:
         super().__init__()
@@ -58,6 +58,8 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         self.adapter_configs: dict[str, E2VPTConfig] = {}
         # Where the parameters of prompts with pruned segments belong; made from the config, so not saved.
         self.kept_components = BufferDict(persistent=False)
+        # Saved with flat prompts, which mean nothing without it. Never read: a saved one is compared with the config.
+        self.e2vpt_segment_mask = BufferDict(persistent=True)
         # What `rewind_prompts` goes back to: plain tensors on the CPU, which no state dict and no file has.
         self.initial_prompts: dict[str, dict[str, torch.Tensor]] = {}
         self._active_adapter: str | list[str] = []
@@ -173,8 +175,11 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         if components is not None:
             device = self.e2vpt_visual_prompts[adapter_name].device
             self.kept_components[adapter_name] = components if device.type == "meta" else components.to(device)
+            mask = masks.segments.byte()
+            self.e2vpt_segment_mask[adapter_name] = mask if device.type == "meta" else mask.to(device)
         elif adapter_name in self.kept_components:
             del self.kept_components[adapter_name]
+            del self.e2vpt_segment_mask[adapter_name]
 
     @property
     def has_prefix(self) -> bool:

@@ -8,6 +8,7 @@ components that are left are parameters, in one flat tensor.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -74,12 +75,12 @@ class PromptMasks:
         config.token_mask = None if self.tokens.all() else self.tokens.tolist()
         config.segment_mask = self.segments.tolist() if self.has_pruned_segments else None
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """How many prompts are kept."""
         return int(self.tokens.sum())
 
-    @property
+    @cached_property
     def num_segments(self) -> int:
         """How many segments are kept, of all prompts together."""
         return int(self.segments.sum())
@@ -89,7 +90,7 @@ class PromptMasks:
         """Which segments of the kept prompts are kept, bool, (kept prompts, segments)."""
         return self.segments[self.tokens]
 
-    @property
+    @cached_property
     def has_pruned_segments(self) -> bool:
         """Whether a kept prompt lacks a segment, so that its parameters are stored flat."""
         return not bool(self.kept_segments.all())

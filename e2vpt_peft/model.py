@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -20,18 +21,17 @@ from .attention.targets import explain_no_default_targets, find_default_targets
 from .attention.tokens import TokenInsertion, find_stack
 from .config import E2VPTConfig
 from .layer import CANNOT_MERGE, E2VPTLayer
-from .loading.compatibility import (
-    PEFT_PREFIX,
-    check_adapter_name,
-    check_model,
-    check_nothing_overwritten,
-    check_saved_prompts,
-)
-from .loading.former_names import former_names, target_present_layout
+from .loading.adapter_name import check_adapter_name, check_other_method
+from .loading.compatibility import check_model
+from .loading.former_names import target_present_layout
+from .loading.saved_heads import check_heads, check_nothing_overwritten, refuse_other_sizes_before_loading
 from .loading.saved_modules import check_saved_modules_exist, warn_of_new_head
+from .loading.saved_prompts import check_before_saving, check_prompts, check_values, prompts_in, prompts_to_come
 from .mixed_batch import SampleCount, find_block, make_route, route_modules_to_save
 from .prompt_shapes import PREFIX
 from .running_pass import passes_of
+from .saved_weights import SavedWeights, is_prompt
+from .utils.structure import Structure
 
 
 class E2VPTModel(BaseTuner):
@@ -63,18 +63,33 @@ class E2VPTModel(BaseTuner):
     tuner_layer_cls = E2VPTLayer
     target_module_mapping: dict[str, list[str]] = {}  # found in the model instead, see `find_default_targets`
 
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         adapters: dict[str, PeftConfig] = getattr(model, "peft_config", {})
         before = dict(adapters)
+        config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
         try:
-            super().__init__(model, *args, **kwargs)
+            check_other_method(before.get(adapter_name), config, adapter_name)
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         except Exception:  # PEFT has put the refused adapter beside those that the model has
             adapters.clear()
             adapters.update(before)
             if isinstance(model, PreTrainedModel) and not before:
                 # transformers' `add_adapter` has set it already, and would look for the adapters in vain next time.
-                model._hf_peft_config_loaded = False
+                vars(model).pop("_hf_peft_config_loaded", None)
             raise
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        self._saved_weights: SavedWeights | None = None
+        """What the file of the adapter that is being put in says, if its configuration was read with it."""
+        self._being_loaded: dict[str, Callable[[], None]] = {}
+        """How adapters are taken out again whose weights have yet to be loaded."""
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, E2VPTConfig)
@@ -92,24 +107,42 @@ class E2VPTModel(BaseTuner):
         sites = {name: self._find_site(model, name, peft_config) for name in targets}
         check_saved_modules_exist(peft_config, model, targets)
         peft_config.backbone = check_model(peft_config, model, sites, self._is_target)
+        if self._saved_weights is not None and sites:  # otherwise PEFT complains about the targets
+            expected = prompts_to_come(peft_config, model, sites)
+            check_prompts(self._saved_weights.shapes, expected, self._saved_weights.file)
+            check_heads(self._saved_weights, peft_config, model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put an adapter into the model, as [`~peft.tuners.tuners_utils.BaseTuner.inject_adapter`]."""
+        """Put an adapter into the model, as [`~peft.tuners.tuners_utils.BaseTuner.inject_adapter`].
+
+        If that fails, the model is what it was.
+        """
         check_adapter_name(model, adapter_name)
         config = self.peft_config[adapter_name]
         assert isinstance(config, E2VPTConfig)
-        # The user's own object, into which PEFT and this class write what they find in the model.
-        before = vars(config).copy()
+        saved: SavedWeights | None = vars(config).pop("saved_weights", None)
+        layers = [module for module in model.modules() if isinstance(module, E2VPTLayer)]
+        # The user's own configuration, too: PEFT and this class write into it what they find in the model.
+        structure = Structure(model, [self, config, *(way_in for layer in layers for way_in in layer.ways_in)])
+        self._saved_weights = saved
         self.passes = passes_of(model)
         try:
             target_present_layout(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            route_modules_to_save(model, self.passes)
         except Exception:
-            vars(config).update(before)
+            _put_back(model, structure, layers)
             raise
-        route_modules_to_save(model, self.passes)
+        self._saved_weights = None
+        if saved is not None and saved.heads_are_compared_later:
+            self._being_loaded[adapter_name] = partial(self._take_out, adapter_name, structure, layers)
         if len(adapter_names(model)) == 1:  # once for a model
             warn_of_new_head(model, self.peft_config.values())
+
+    def _take_out(self, adapter_name: str, structure: Structure, layers: list[E2VPTLayer]) -> None:
+        """Undo the injection of an adapter."""
+        _put_back(self.model, structure, layers)
+        self.peft_config.pop(adapter_name, None)
 
     def _create_and_replace(
         self,
@@ -215,25 +248,54 @@ class E2VPTModel(BaseTuner):
             super().delete_adapter(adapter_name)
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        """The prompts of an adapter, after the checks that they have to pass when they are loaded.
+
+        PEFT would also take what other methods have under the same name.
+        """
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        ending = f".{adapter_name}"
+        own = {name: tensor for name, tensor in tensors.items() if name.endswith(ending)}
+        own = {name: tensor for name, tensor in own.items() if is_prompt(name.removesuffix(ending))}
+        if own:  # processes that do not save are given an empty state dict by FSDP
+            check_before_saving(
+                {name.removesuffix(ending): tensor for name, tensor in own.items()}, model, adapter_name
+            )
+        return own
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Refuse prompts that do not fit, and rename those that were saved in another layout of the model."""
+        """Refuse what does not fit before any of it is loaded, and rename prompts that were saved under other names.
+
+        An adapter that was put into the model to be loaded is taken out again.
+        """
+        assert isinstance(config, E2VPTConfig)
+        tuner = model.base_model if isinstance(model, PeftModel) else None
+        being_loaded = tuner._being_loaded if isinstance(tuner, E2VPTModel) else {}
+        give_up = being_loaded.pop(adapter_name, lambda: None)
         backbone = model.get_base_model() if isinstance(model, PeftModel) else model
-        former = former_names(backbone)
-        layers = {name: layer for name, layer in backbone.named_modules() if isinstance(layer, E2VPTLayer)}
-        renamed, prompts = {}, {}
-        for key, tensor in state_dict.items():
-            prefix = PEFT_PREFIX if key.startswith(PEFT_PREFIX) else ""
-            name, dot, prompt = key.removeprefix(prefix).partition(f".{cls.prefix}")
-            name = former.get(name, name)
-            renamed[f"{prefix}{name}{dot}{prompt}"] = tensor
-            if dot:
-                prompts[f"{name}{dot}{prompt}"] = tensor
-        check_saved_prompts(layers, backbone, prompts)
-        check_nothing_overwritten(model, adapter_name, renamed)
-        for layer in layers.values():
-            layer.forget_initial_prompts_if_untrained(adapter_name)
+        try:
+            shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+            names = check_prompts(shapes, prompts_in(backbone, adapter_name), "The state dict")
+            check_values({name: state_dict[name] for name in names}, config)
+            check_nothing_overwritten(model, adapter_name, state_dict)
+        except ValueError:
+            give_up()
+            raise
+        for layer in backbone.modules():
+            if isinstance(layer, E2VPTLayer):
+                layer.forget_initial_prompts_if_untrained(adapter_name)
+        renamed = {names.get(name, name): tensor for name, tensor in state_dict.items()}
+        refuse_other_sizes_before_loading(model, give_up)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
 
     @contextmanager
@@ -273,3 +335,11 @@ class E2VPTModel(BaseTuner):
     ) -> None:
         """transformers' older name of [`activation_checkpointing_enable`]."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+
+def _put_back(model: nn.Module, structure: Structure, layers: list[E2VPTLayer]) -> None:
+    """Make a model what it was, with the adapted layers that it had."""
+    for module in list(model.modules()):
+        if isinstance(module, E2VPTLayer) and not any(module is layer for layer in layers):
+            module.detach()
+    structure.restore()

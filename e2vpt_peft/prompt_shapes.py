@@ -10,6 +10,8 @@ from .masks import MaskedConfig, PromptMasks
 PREFIX = "e2vpt_"
 """What the names of prompts begin with, behind the name of their layer."""
 VISUAL_PROMPTS, KV_PROMPTS = "e2vpt_visual_prompts", "e2vpt_kv_prompts"
+SEGMENT_MASK = "e2vpt_segment_mask"
+"""Beside flat visual prompts: which segments they have. Two masks that keep equally many could not be told apart."""
 
 
 class PromptConfig(MaskedConfig, Protocol):
@@ -66,6 +68,20 @@ def prompt_shapes(
     if config.num_kv_prompts:
         rows = (sizes.num_heads, config.num_kv_prompts, sizes.head_size)
         shapes[KV_PROMPTS] = rows if config.share_kv_prompts else (2, *rows)
+    return shapes
+
+
+def saved_shapes(
+    config: PromptConfig, sizes: Sizes, masks: PromptMasks, has_visual_prompts: bool = True
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of all that an adapter saves of one layer: [`prompt_shapes`], and a mask beside flat prompts.
+
+    Args:
+        config, sizes, masks, has_visual_prompts: As for [`prompt_shapes`].
+    """
+    shapes = prompt_shapes(config, sizes, masks, has_visual_prompts)
+    if len(shapes.get(VISUAL_PROMPTS, ())) == 1:
+        shapes[SEGMENT_MASK] = tuple(masks.segments.shape)
     return shapes
 
 

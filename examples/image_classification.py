@@ -40,9 +40,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import EvalPrediction, SaveStrategy, get_last_checkpoint
+from transformers.trainer_utils import EvalPrediction, SaveStrategy
 
 from e2vpt_peft import E2VPTConfig, E2VPTTrainer, ModelCardTrainer, PruningConfig, to_rgb
+from e2vpt_peft.trainer import last_whole_checkpoint
 
 
 def load_processor(model_args: ModelArguments, data_args: DataArguments) -> Any:
@@ -176,7 +177,7 @@ def checkpoint_to_resume(args: TrainingArguments, prune: bool) -> str | bool | N
         return wanted
     if prune:
         return True  # E2VPTTrainer knows where it was
-    return get_last_checkpoint(args.output_dir) if Path(args.output_dir or "").is_dir() else None
+    return last_whole_checkpoint(args.output_dir)
 
 
 def settle(args: Arguments) -> None:

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
     LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -18,8 +19,9 @@ from peft import PeftModel
 from safetensors.torch import save_file
 
 from e2vpt_peft import E2VPTConfig, adapter_file
-from e2vpt_peft.adapter_file import ExpectedWeights, check_adapter_file, check_finite, check_names
-from e2vpt_peft.prompt_shapes import KV_PROMPTS, VISUAL_PROMPTS
+from e2vpt_peft.adapter_file import check_adapter_file
+from e2vpt_peft.prompt_shapes import KV_PROMPTS, SEGMENT_MASK, VISUAL_PROMPTS
+from e2vpt_peft.saved_weights import ExpectedWeights
 
 from .peft_contract.common import adapted
 from .support.adapted import adapt, inputs, make, tensors
@@ -46,9 +48,42 @@ class TestLocalFiles:
         check_adapter_file(EXPECTED, saved(tmp_path, {**prompts(), "classifier.weight": torch.ones(5, 32)}))
         check_adapter_file(EXPECTED, saved(tmp_path, prompts(layers=1)))  # an adapter of some of the layers
 
-    def test_without_weights_there_is_nothing_to_check(self, tmp_path: Path) -> None:
+    def test_a_configuration_may_stand_alone_unless_an_adapter_was_saved_with_it(self, tmp_path: Path) -> None:
         (tmp_path / CONFIG).write_text("{}")
-        check_adapter_file(EXPECTED, str(tmp_path))
+        assert check_adapter_file(EXPECTED, str(tmp_path)) is None
+        with pytest.raises(ValueError, match=f"has the configuration of a saved adapter, but no {WEIGHTS}: copy it"):
+            check_adapter_file(EXPECTED._replace(must_exist=True), str(tmp_path))
+
+    def test_the_header_is_what_the_caller_gets(self, tmp_path: Path) -> None:
+        saved_weights = check_adapter_file(EXPECTED, saved(tmp_path, prompts()))
+        assert saved_weights is not None
+        assert saved_weights.file == str(tmp_path / WEIGHTS)
+        assert saved_weights.shapes == {name: tuple(value.shape) for name, value in prompts().items()}
+
+    def test_more_tensors_than_any_adapter_has_are_refused_before_they_are_looked_at(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(adapter_file, "MAX_TENSORS", 5)
+        with pytest.raises(ValueError, match=r"has 6 tensors\. Up to 5 are read"):
+            check_adapter_file(EXPECTED, saved(tmp_path, prompts()))
+
+    def test_a_head_that_is_not_a_number_or_complex_is_refused_and_infinite_buffers_are_not(
+        self, tmp_path: Path
+    ) -> None:
+        nan, infinite = torch.full((5,), float("nan")), torch.full((5,), float("inf"))
+        with pytest.raises(ValueError, match="5 of 5 values of 'classifier.bias' are NaN"):
+            check_adapter_file(EXPECTED, saved(tmp_path, {**prompts(), "classifier.bias": nan}))
+        with pytest.raises(ValueError, match="'classifier.bias' has type C64, but weights are real"):
+            check_adapter_file(EXPECTED, saved(tmp_path, {**prompts(), "classifier.bias": nan.to(torch.complex64)}))
+        check_adapter_file(EXPECTED, saved(tmp_path, {**prompts(), "classifier.mask": infinite}))
+
+    @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64, torch.bfloat16])
+    def test_prompts_of_any_precision_pass_and_nan_is_found_in_all(self, dtype: torch.dtype, tmp_path: Path) -> None:
+        tensors = {name: value.to(dtype) for name, value in prompts().items()}
+        check_adapter_file(EXPECTED, saved(tmp_path, tensors))
+        tensors[f"layers.0.{KV_PROMPTS}"] = torch.full(SHAPES[KV_PROMPTS], float("nan")).to(dtype)
+        with pytest.raises(ValueError, match="96 of 96 values"):
+            check_adapter_file(EXPECTED, saved(tmp_path, tensors))
 
     def test_prompts_for_more_layers_than_the_backbone_has_are_refused(self, tmp_path: Path) -> None:
         folder = saved(tmp_path, prompts(layers=5))
@@ -112,23 +147,37 @@ def not_found(error: type) -> BaseException:
 
 
 class TestDownloads:
+    @pytest.mark.parametrize("error", [EntryNotFoundError, RemoteEntryNotFoundError])
+    def test_a_repository_without_weights_has_a_configuration_alone(
+        self, error: type, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls = answers(monkeypatch, not_found(error))
+        assert check_adapter_file(EXPECTED, "user/flowers") is None
+        assert [name for _, name, _ in calls] == [WEIGHTS, PICKLE]
+        with pytest.raises(
+            ValueError, match="user/flowers.* has the configuration of a saved adapter, but no adapter"
+        ):
+            check_adapter_file(EXPECTED._replace(must_exist=True), "user/flowers")
+
+    def test_a_hub_that_does_not_answer_does_not_turn_the_check_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        answers(monkeypatch, LocalEntryNotFoundError("403"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        with pytest.raises(ValueError, match=f"'{WEIGHTS}' of user/flowers cannot be checked, .*: try again"):
+            check_adapter_file(EXPECTED, "user/flowers")
+        assert check_adapter_file(EXPECTED, "user/flowers", None, {"local_files_only": True}) is None
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # PEFT looks into the cache alone as well
+        assert check_adapter_file(EXPECTED, "user/flowers") is None
+
     @pytest.mark.parametrize(
         "error",
         [
-            EntryNotFoundError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-            HFValidationError,
+            OSError(28, "No space left on device"),
+            PermissionError(13, "denied"),
+            TypeError("a mistake"),
+            RepositoryNotFoundError.__new__(RepositoryNotFoundError, "404"),
+            RevisionNotFoundError.__new__(RevisionNotFoundError, "404"),
+            HFValidationError("no name"),
         ],
-    )
-    def test_what_is_not_there_is_for_peft_to_say(self, error: type, monkeypatch: pytest.MonkeyPatch) -> None:
-        calls = answers(monkeypatch, not_found(error))
-        check_adapter_file(EXPECTED, "user/flowers")
-        assert [name for _, name, _ in calls] == [WEIGHTS, PICKLE]
-
-    @pytest.mark.parametrize(
-        "error", [OSError(28, "No space left on device"), PermissionError(13, "denied"), TypeError("a mistake")]
     )
     def test_a_download_that_fails_does_not_turn_the_check_off(
         self, error: Exception, monkeypatch: pytest.MonkeyPatch
@@ -180,37 +229,12 @@ def test_what_a_configuration_expects_follows_from_its_masks() -> None:
     masks = {"token_mask": [True, False], "segment_mask": [[True] * 12 + [False] * 4, [False] * 16]}
     config = adapted(share_kv_prompts=False, **masks).peft_config["default"]
     assert config._expected_weights() == ExpectedWeights(
-        [{VISUAL_PROMPTS: (24,), KV_PROMPTS: (2, 4, 3, 8)}], 3, ["classifier"]
+        shapes=[{VISUAL_PROMPTS: (24,), KV_PROMPTS: (2, 4, 3, 8), SEGMENT_MASK: (2, 16)}],
+        num_layers=3,
+        modules_to_save=["classifier"],
+        in_all_layers=True,
+        segment_mask=masks["segment_mask"],
     )
     config.backbone = None
     assert config._expected_weights().num_layers is None
     assert config._expected_weights().shapes[0][KV_PROMPTS] == (2, 0, 3, 0)
-
-
-@pytest.mark.parametrize(
-    ("names", "modules_to_save", "words"),
-    [
-        ([], None, "has no prompts, but nothing at all"),
-        (["a", "b", "c", "d", "e"], None, "has no prompts, but 'a', 'b', 'c' and 2 more"),
-        (["0.e2vpt_kv_prompts", "head.bias"], None, r"has 'head.bias', which .* modules_to_save=\[\]"),
-        (["0.e2vpt_kv_prompts", "head.bias"], ["classifier"], r"has 'head.bias', .* modules_to_save=\['classifier'\]"),
-        (["0.e2vpt_kv_prompts", "head.original_module.bias"], ["head"], "has 'head.original_module.bias', which"),
-        (["0.e2vpt_kv_prompts", "base_layer.head.bias"], ["head"], "has 'base_layer.head.bias', which"),
-    ],
-)
-def test_names_that_are_not_an_adapters_are_refused(names: list[str], modules_to_save: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=f"^here {words}"):
-        check_names(names, modules_to_save, "here")
-
-
-def test_names_of_prompts_and_of_the_modules_to_save_pass() -> None:
-    check_names(["layers.0.e2vpt_visual_prompts"], None, "here")
-    check_names(["layers.0.e2vpt_visual_prompts", "model.head.bias"], ["head"], "here")
-
-
-def test_values_that_are_not_finite_are_counted() -> None:
-    tensor = torch.tensor([1.0, float("nan"), float("inf")])
-    with pytest.raises(ValueError, match="^here: 2 of 3 values of 'prompts' are NaN or infinite"):
-        check_finite("prompts", tensor, "here")
-    check_finite("prompts", tensor[:1], "here")
-    check_finite("prompts", torch.empty(3, device="meta"), "here")

@@ -1,25 +1,19 @@
-"""Whether an adapter fits a model: its name, its targets, the backbone that it was made for, and its weights."""
+"""Whether an adapter fits a model: its targets, its `modules_to_save` and the backbone that it was made for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
-from ..adapter import adapter_names
-from ..adapter_file import NOTHING_LOADED, check_finite, is_prompt
 from ..attention.site import AttentionSite
 from ..attention.tokens import find_stack
 from ..config import E2VPTConfig
-from ..layer import E2VPTLayer
-from ..prompt_shapes import sizes_in
-from ..route import BASE_MODEL
+from ..saved_weights import NOTHING_LOADED
 
-PEFT_PREFIX = "base_model.model."
-"""What PEFT puts in front of the names of parameters in a saved adapter."""
 SIZES = {
     "num_layers": "number of layers",
     "hidden_size": "hidden size",
@@ -27,56 +21,6 @@ SIZES = {
     "head_size": "head size",
 }
 """What has to agree between an adapter and a backbone, and how messages call it."""
-
-
-def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
-    """Refuse the name of a new adapter that cannot be used, before anything is changed.
-
-    Args:
-        model (`nn.Module`): The model, with the adapters that it has.
-        adapter_name (`str`): The name of the new one.
-
-    Raises:
-        ValueError:
-            The name is taken, reserved, one that PyTorch cannot give to a parameter, or the name of a part of the
-            model: PEFT tells adapters apart by the names of their parameters, so that of other adapters it would leave
-            out whatever is in that part when it saves them.
-    """
-    refusal = f"adapter_name={adapter_name!r} "
-    if adapter_name in adapter_names(model):
-        raise ValueError(
-            f"Adapter with name '{adapter_name}' already exists. Choose another adapter_name, or delete that adapter "
-            "first."
-        )
-    if adapter_name == BASE_MODEL:
-        raise ValueError(refusal + "stands for the model without an adapter: choose another name.")
-    if not adapter_name or "." in adapter_name:
-        raise ValueError(
-            refusal + "must have at least one character and no dot, as it becomes part of parameter names."
-        )
-    if any(hasattr(container, adapter_name) for container in (nn.ParameterDict(), nn.ModuleDict())):
-        raise ValueError(refusal + "is the name of a method of PyTorch's containers: choose another name.")
-    if adapter_name in _names_of_parts(model):
-        raise ValueError(
-            refusal + "is also the name of a part of the model, which would spoil other adapters on saving: choose "
-            "another name."
-        )
-
-
-def _names_of_parts(model: nn.Module) -> set[str]:
-    names = {
-        "base_model",
-        "model",
-        "base_layer",
-        "modules_to_save",
-        "original_module",
-        *E2VPTLayer.adapter_layer_names,
-    }
-    for module in model.modules():
-        if not isinstance(module, (nn.ModuleDict, nn.ParameterDict)):  # whose entries may be adapters
-            names.update(name for name, _ in module.named_children())
-            names.update(name for name, _ in module.named_parameters(recurse=False))
-    return names
 
 
 def check_model(
@@ -100,10 +44,14 @@ def check_model(
         ValueError: It cannot. Nothing has been changed.
     """
     backbone = config.backbone
+    _check_task(config, model)
     check_modules_to_save(model, config.modules_to_save)
+    _check_modules_can_be_wrapped(model, config, sites)
     names = [name for name, _ in model.named_modules() if name and ".base_layer" not in name]
     in_any_layer = replace(config, layers_to_transform=None, layers_pattern=None)
     num_layers = sum(is_target(in_any_layer, name) for name in names)
+    if config.target_modules == DUMMY_TARGET_MODULES:  # for which PEFT makes adapters without layers
+        raise ValueError(f"target_modules={config.target_modules!r} matches no self-attention module.")
     if num_layers:  # otherwise PEFT complains about the targets
         backbone = describe_backbone(list(sites.values()), num_layers)
         check_backbone_sizes(config, backbone)
@@ -120,15 +68,61 @@ def check_modules_to_save(model: nn.Module, modules_to_save: Sequence[str] | Non
     Raises:
         ValueError: One of them is quantised.
     """
-    for name, module in model.named_modules():
-        if not any(name.endswith(ending) for ending in modules_to_save or []):  # as PEFT finds them
-            continue
+    for name, module in matching_modules(model, modules_to_save or []).items():
         if not all(parameter.is_floating_point() for parameter in module.parameters()):
             raise ValueError(
                 f"modules_to_save={list(modules_to_save or [])} includes '{name}', which is quantised and cannot be "
                 f"trained. Load the model without quantising it: for bitsandbytes, "
                 f"BitsAndBytesConfig(..., llm_int8_skip_modules=['{name.rpartition('.')[2]}'])."
             )
+
+
+def matching_modules(model: nn.Module, modules_to_save: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules that PEFT takes for the `modules_to_save`, by their names, without what is inside of its wrappers.
+
+    Args:
+        model (`nn.Module`): The model.
+        modules_to_save (`Sequence[str]`): The endings of their names.
+    """
+    endings = tuple(modules_to_save)
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name.endswith(endings) and not {"modules_to_save", "original_module"}.intersection(name.split("."))
+    }
+
+
+def _check_modules_can_be_wrapped(model: nn.Module, config: E2VPTConfig, sites: Mapping[str, AttentionSite]) -> None:
+    """PEFT says so when the adapter is in the model already, or when it is loaded."""
+    found = matching_modules(model, config.modules_to_save or [])
+    refusal = f"modules_to_save={list(config.modules_to_save or [])} "
+    adapted = tuple(f"{name}." for name in sites)
+    for name, module in found.items():
+        if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
+            raise ValueError(
+                f"{refusal}includes '{name}', which is a {type(module).__name__} and is never called itself: name the "
+                "modules in it."
+            )
+        name = name.replace(".base_layer", "")
+        if name.startswith(adapted) or name in sites:
+            raise ValueError(
+                f"{refusal}includes '{name}', which is in an attention that gets prompts, where PEFT cannot copy a "
+                "module. Train it with LoRA, or leave that attention to modules_to_save alone (exclude_modules)."
+            )
+        outer = next((other for other in found if name.startswith(f"{other}.")), None)
+        if outer is not None:
+            raise ValueError(
+                f"{refusal}includes '{outer}' and, inside of it, '{name}': PEFT would copy the one into the other. "
+                "Write out more of the name of the one that is meant."
+            )
+
+
+def _check_task(config: E2VPTConfig, model: nn.Module) -> None:
+    if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
+        raise ValueError(
+            f"task_type={str(config.task_type)!r} is for models that generate, which {type(model).__name__} does not: "
+            "leave task_type out."
+        )
 
 
 def _check_segments(config: E2VPTConfig, sites: Mapping[str, AttentionSite]) -> None:
@@ -204,71 +198,15 @@ def check_backbone_sizes(config: E2VPTConfig, found: Mapping[str, Any]) -> None:
         if name in made_for and name in found and made_for[name] != found[name]
     ]
     if differences:
+        misfit = explain_misfit(differences, config.base_model_name_or_path)
         raise ValueError(
-            f"{_misfit(differences, config.base_model_name_or_path)} If the adapter is a new one, give it a new "
-            "configuration: this one belongs to the model that it was used with first."
+            f"{misfit} If the adapter is a new one, give it a new configuration: this one belongs to the model that "
+            "it was used with first."
         )
 
 
-def check_saved_prompts(
-    layers: Mapping[str, E2VPTLayer], model: nn.Module, prompts: Mapping[str, torch.Tensor]
-) -> None:
-    """Refuse saved prompts that cannot be for this model, before any of them is loaded.
-
-    Only what comes from the backbone is checked: keys that are missing or too many, and numbers of prompts, are
-    reported by PEFT, which can be told to ignore them.
-
-    Args:
-        layers (`Mapping[str, E2VPTLayer]`): The adapted modules of the model, by their names.
-        model (`nn.Module`): The model that these are in.
-        prompts (`Mapping[str, torch.Tensor]`): Saved prompts, by their names in that model.
-
-    Raises:
-        ValueError: Sizes differ; the message has them all. Or values are not finite.
-    """
-    differences: dict[str, str] = {}
-    for key, tensor in prompts.items():
-        name, _, kind = key.rpartition(".")
-        if name not in layers:
-            continue
-        for size, saved in sizes_in(kind, tensor.shape).items():
-            here = getattr(layers[name].site, size)
-            if saved != here:
-                differences.setdefault(size, f"{SIZES[size]} {saved} (this model: {here})")
-    known = {name for name, _ in model.named_modules()}
-    saved_for = {key.rpartition(".")[0] for key in prompts}
-    if saved_for - known and saved_for > set(layers):
-        differences["num_layers"] = f"{SIZES['num_layers']} {len(saved_for)} (this model: {len(layers)})"
-    if differences:
-        raise ValueError(_misfit([differences[size] for size in SIZES if size in differences]))
-    for key, tensor in prompts.items():
-        check_finite(key, tensor, "The state dict of the adapter")
-
-
-def check_nothing_overwritten(model: nn.Module, adapter_name: str, names: Iterable[str]) -> None:
-    """Refuse saved tensors that would be loaded into the backbone, or into another adapter.
-
-    Args:
-        model (`nn.Module`): The model that they are for.
-        adapter_name (`str`): The adapter that is loaded.
-        names (`Iterable[str]`): Names of saved tensors, those of `modules_to_save` in the model's own form.
-
-    Raises:
-        ValueError: There are such.
-    """
-    own = f".modules_to_save.{adapter_name}."
-    there = {name.removeprefix(PEFT_PREFIX) for name in model.state_dict()}
-    foreign = [name for name in names if not is_prompt(name) and own not in name]
-    foreign = [name for name in foreign if name.removeprefix(PEFT_PREFIX) in there]
-    if foreign:
-        raise ValueError(
-            f"The state dict of the adapter has '{foreign[0]}' ({len(foreign)} such tensors), which is a weight of "
-            "the model and neither a prompt nor of modules_to_save: loading it would overwrite the model. "
-            f"{NOTHING_LOADED}"
-        )
-
-
-def _misfit(differences: list[str], base_model: str | None = None) -> str:
+def explain_misfit(differences: list[str], base_model: str | None = None) -> str:
+    """Why an adapter does not fit a model, and which it is for."""
     backbone = f" ({base_model})" if base_model else ""
     return (
         f"The adapter does not fit this model: it was made for a backbone with {', '.join(differences)}. "

@@ -36,12 +36,16 @@ class CardContent:
 
     def __init__(self, adapter: PromptedAdapter, details: CardDetails) -> None:
         self.adapter, self.details = adapter, details
-        self.base_model = details.base_model or find_base_model(adapter)
+        found = details.base_model or find_base_model(adapter)
+        # Of anything else than an id on the Hub, the card says at most the name of a folder that is there: a path is
+        # nobody's business, and in an adapter that somebody else has made it may be any text.
+        self.base_model = found if is_hub_id(found) else None
+        self.backbone_folder = local_name(found)
         self.task = details.task or find_task(adapter.backbone)
         self.adapter_id = details.adapter_id or "path/to/the/adapter"
         self.name = details.name or Path(self.adapter_id).resolve().name
-        is_local = details.dataset is not None and Path(details.dataset).exists()
-        self.dataset = Path(details.dataset).name if is_local and details.dataset else details.dataset
+        self.dataset_folder = local_name(details.dataset)
+        self.dataset = details.dataset if self.dataset_folder is None else None
 
     def metadata(self) -> ModelCardData:
         tags = ["e2vpt", *(self.details.tags or [])]
@@ -49,11 +53,11 @@ class CardContent:
             tags.append(self.task)
         if isinstance(self.adapter.backbone, PreTrainedModel):
             tags.append("transformers")
-        if is_hub_id(self.base_model):
+        if self.base_model is not None:
             tags.append(f"base_model:adapter:{self.base_model}")
         return ModelCardData(
-            base_model=self.base_model if is_hub_id(self.base_model) else None,
-            datasets=[self.details.dataset] if is_hub_id(self.details.dataset) else None,
+            base_model=self.base_model,
+            datasets=[self.dataset] if is_hub_id(self.dataset) else None,
             language=self.details.language,
             library_name="peft",
             license=self.details.license,
@@ -88,15 +92,18 @@ class CardContent:
         return found
 
     def _introduction(self) -> str:
-        text = f"# {self.name}\n\nAn [E²VPT]({PAPER}) adapter for {_link(self.base_model)}"
-        text += f", trained on {_link(self.dataset, 'datasets/')}" if self.dataset else ""
+        backbone = _name(self.base_model, self.backbone_folder) or "a vision transformer"
+        dataset = _name(self.dataset, self.dataset_folder, "datasets/")
+        text = f"# {self.name}\n\nAn [E²VPT]({PAPER}) adapter for {backbone}"
+        text += f", trained on {dataset}" if dataset else ""
         trained = ["visual prompts"] if self.adapter.config.num_visual_prompts else []
         trained += ["key-value prompts"] if self.adapter.config.num_kv_prompts else []
         trained += [f"`{name}`" for name in self.adapter.trained_modules]
         return f"{text}. The backbone is frozen; trained are {_enumerate(trained)}.\n"
 
     def _use(self) -> str:
-        code = usage(self.adapter, self.adapter_id, self.base_model, self.details.processor_id, self.task)
+        base_model = self.details.base_model or self.base_model
+        code = usage(self.adapter, self.adapter_id, base_model, self.details.processor_id, self.task)
         return f"## Use\n\n```python\n{code}```\n"
 
     def _prompts(self) -> str:
@@ -153,7 +160,7 @@ class CardContent:
         return "### Framework versions\n\n" + "".join(f"- {version}\n" for version in versions)
 
     def _eval_results(self) -> list[EvalResult]:
-        """The results as the Hub shows them, which wants task and data set with each."""
+        """The results as the Hub shows them, which wants task and data set with each, and the latter by its id."""
         if self.task is None or self.dataset is None:
             return []
         return [
@@ -172,10 +179,20 @@ class CardContent:
         ]
 
 
-def _link(name: str | None, folder: str = "") -> str:
-    if name is None:
-        return "a vision transformer"
-    return f"[{name}](https://huggingface.co/{folder}{name})" if is_hub_id(name) else f"`{name}`"
+def local_name(path: str | None) -> str | None:
+    """The name of a folder or file on this machine, without where it is, or `None` if there is no such."""
+    try:
+        return Path(path).resolve().name if path is not None and Path(path).exists() else None
+    except (OSError, ValueError):  # longer than a path can be, or with characters that none has
+        return None
+
+
+def _name(hub_id: str | None, folder: str | None, kind: str = "") -> str | None:
+    """A link, if there is something to link to, or a name as it stands."""
+    if is_hub_id(hub_id):
+        return f"[{hub_id}](https://huggingface.co/{kind}{hub_id})"
+    name = folder or hub_id
+    return None if name is None else f"`{' '.join(name.replace('`', '').split())}`"
 
 
 def _kept(mask: torch.Tensor) -> str:

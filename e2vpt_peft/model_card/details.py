@@ -13,10 +13,13 @@ class CardDetails:
 
     Args:
         adapter_id (`str`, *optional*): Where the card's code finds the adapter: its Hub id or folder.
-        base_model (`str`, *optional*): The backbone's Hub id or folder. Defaults to where it was loaded from.
+        base_model (`str`, *optional*):
+            The backbone's Hub id or folder, as the card's code is to load it. Defaults to where it was loaded from if
+            that is on the Hub: the path of a folder is not published unless it is given here.
         task (`str`, *optional*):
             The Hub's name of the task, such as `"image-classification"`. Defaults to that of the backbone's class.
-        dataset (`str`, *optional*): The training data: a Hub id, or any other name.
+        dataset (`str`, *optional*):
+            The training data: a Hub id, or any other name. Of a folder, the card says the name only.
         dataset_config (`str`, *optional*): The configuration of a Hub data set.
         metrics (`Mapping[str, float]`, *optional*):
             Results, as `Trainer.evaluate` returns them: `"eval_accuracy"` is an accuracy on `eval_split`,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
@@ -22,7 +22,7 @@ BEGIN = (
     "somebody changes it. What stands outside is kept. checksums: {} {} -->\n"
 )
 END = "<!-- e2vpt_peft: end -->"
-GENERATED = re.compile(r"<!-- e2vpt_peft writes [^>]*checksums: (\w+) (\w+) -->\n(.*?)" + re.escape(END), re.DOTALL)
+BEGINNING = re.compile(r"<!-- e2vpt_peft writes [^>]{,400}checksums: (\w{16}) (\w{16}) -->\n")
 
 PEFT_LINE = re.compile(r"### Framework versions|- PEFT \S+")
 """What PEFT adds to every card, whoever wrote it, whenever it saves an adapter."""
@@ -49,39 +49,69 @@ def update_readme(existing: str | None, section: str, metadata: ModelCardData) -
     """
     existing = (existing or "").replace("\r\n", "\n")
     text = REGEX_YAML_BLOCK.sub("", existing)
+    # What the card quotes cannot end it, nor keep it from being written.
+    section = section.replace(END, "").encode(errors="replace").decode()
     enclosed = BEGIN.format(_checksum(section), _checksum(metadata.to_yaml())) + section + END
     if _is_unfilled(text):
-        form = ModelCard(existing).data.to_dict()
+        form = _metadata(existing).to_dict()
         kept = {name: value for name, value in form.items() if name not in OWN_METADATA}
         return _render({**kept, **metadata.to_dict()}, f"\n{enclosed}\n")
-    found = GENERATED.search(text)
-    if found is None or found[1] != _checksum(found[3]):
+    found = _find_generated(text)
+    if found is None or not found.is_unchanged:
         return None
-    present: Any = ModelCard(existing).data
-    is_unchanged = _checksum(present.to_yaml()) == found[2]
+    present = _metadata(existing)
+    is_unchanged = _checksum(present.to_yaml()) == found.metadata_checksum
     joined = metadata.to_dict() if is_unchanged else _join(present, metadata)
-    return _render(joined, text[: found.start()] + enclosed + (text[found.end() :] or "\n"))
+    return _render(joined, found.before + enclosed + (found.after or "\n"))
 
 
 def has_persons_words(existing: str | None) -> bool:
     """Whether a person wrote or changed any part of a README.md."""
     existing = (existing or "").replace("\r\n", "\n")
     text = REGEX_YAML_BLOCK.sub("", existing)
-    found = GENERATED.fullmatch(text.strip())
-    if found is None or found[1] != _checksum(found[3]):
+    found = _find_generated(text.strip())
+    if found is None or found.before or found.after or not found.is_unchanged:
         return not _is_unfilled(text)
-    return found[2] != _checksum(ModelCard(existing).data.to_yaml())
+    return found.metadata_checksum != _checksum(_metadata(existing).to_yaml())
+
+
+class _Generated(NamedTuple):
+    """The part of a README.md that this package wrote, and what stands around it."""
+
+    before: str
+    section: str
+    after: str
+    checksum: str
+    metadata_checksum: str
+
+    @property
+    def is_unchanged(self) -> bool:
+        return self.checksum == _checksum(self.section)
+
+
+def _find_generated(text: str) -> _Generated | None:
+    beginning = BEGINNING.search(text)
+    end = text.find(END, beginning.end()) if beginning else -1
+    if beginning is None or end < 0:
+        return None
+    section = text[beginning.end() : end]
+    return _Generated(text[: beginning.start()], section, text[end + len(END) :], beginning[1], beginning[2])
+
+
+def _metadata(existing: str) -> Any:
+    """The metadata of a card. huggingface_hub logs a warning where there is none."""
+    return ModelCard(existing).data if REGEX_YAML_BLOCK.search(existing) else ModelCardData()
 
 
 def is_hub_id(name: str | None) -> TypeGuard[str]:
     """Whether a name can be that of a repository on the Hub, and is no local path."""
-    if name is None or Path(name).exists():
+    if name is None:
         return False
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return True
+    return not Path(name).exists()
 
 
 def _is_unfilled(text: str) -> bool:

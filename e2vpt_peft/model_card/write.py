@@ -11,6 +11,7 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 from torch import nn
 
+from ..utils.files import write_atomically
 from .content import CardContent
 from .details import CardDetails
 from .facts import card_adapter
@@ -51,7 +52,7 @@ def write_model_card(model: nn.Module, folder: str | Path, *, adapter_name: str 
         logger.warning("%s was written by a person: it stays as it is.", path)
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode())
+        write_atomically(path, encode(content))  # in the place of a link, not through it
 
 
 def push_model_card(
@@ -97,7 +98,7 @@ def push_model_card(
         logger.warning("The model card of %s was written by a person: it stays as it is.", repo_id)
         return None
     return api.upload_file(
-        path_or_fileobj=content.encode(),
+        path_or_fileobj=encode(content),
         path_in_repo=README,
         repo_id=repo_id,
         revision=revision,
@@ -115,7 +116,17 @@ def model_card(
 
 def read_card(path: Path) -> str | None:
     """A model card in a folder, if there is one."""
-    return path.read_bytes().decode() if path.exists() else None
+    return decode(path.read_bytes()) if path.is_file() else None
+
+
+def decode(content: bytes) -> str:
+    """A README.md as text. What is no UTF-8 in it is kept as it is by [`encode`]."""
+    return content.decode(errors="surrogateescape")
+
+
+def encode(text: str) -> bytes:
+    """The bytes of a README.md."""
+    return text.encode(errors="surrogateescape")
 
 
 def download_card(repo_id: str, *, token: str | bool | None = None, revision: str | None = None) -> str | None:
@@ -125,4 +136,4 @@ def download_card(repo_id: str, *, token: str | bool | None = None, revision: st
             path = HfApi(token=token).hf_hub_download(repo_id, README, revision=revision, local_dir=folder)
         except (RemoteEntryNotFoundError, RevisionNotFoundError):
             return None
-        return Path(path).read_bytes().decode()
+        return decode(Path(path).read_bytes())

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from peft.tuners.tuners_utils import set_adapter
 from torch import nn
@@ -15,6 +13,7 @@ from torch.func import functional_call
 
 from ..adapter import PromptedAdapter
 from ..utils.modes import evaluating
+from ..utils.randomness import random_state_kept
 
 Prompts = Sequence[torch.Tensor]
 """Visual prompts by layer, each (number of prompts, hidden size)."""
@@ -85,22 +84,15 @@ def undisturbed(adapter: PromptedAdapter) -> Iterator[None]:
     model = adapter.model
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     active = list(adapter.layers[0].active_adapters)
-    states = (random.getstate(), np.random.get_state(), torch.get_rng_state())
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
         set_adapter(model, adapter.name)
-        with evaluating(model), torch.enable_grad():
+        with random_state_kept(), evaluating(model), torch.enable_grad():
             yield
     finally:
         if active != [adapter.name]:
             set_adapter(model, active)
         for parameter, requires_grad in trainable.items():
             parameter.requires_grad_(requires_grad)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if devices:
-            torch.cuda.set_rng_state_all(devices)
 
 
 def as_inputs(model: nn.Module, batch: Any) -> dict[str, Any]:

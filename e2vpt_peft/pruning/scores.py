@@ -176,8 +176,7 @@ class _Scoring:
         total = torch.zeros(num_tokens + math.prod(self.shape) + 1, dtype=torch.float64)  # and the number of batches
         cause = "The batch was one of another process."
         with undisturbed(self.adapter):
-            length = getattr(dataloader, "__len__", lambda: None)()
-            shown = min(filter(None, (length, max_batches)), default=None)
+            shown = min(filter(None, (_length(dataloader), max_batches)), default=None)
             description = f"Scoring prompts ({self.description})"
             for number, batch in enumerate(tqdm(dataloader, description, total=shown, disable=not progress_bar)):
                 if max_batches is not None and number >= max_batches:
@@ -195,3 +194,11 @@ class _Scoring:
         if not mean.isfinite().all():
             raise FloatingPointError(f"The loss or its gradient is NaN or infinite: prompts cannot be scored. {cause}")
         return mean[:num_tokens].view(self.shape[:-1]), mean[num_tokens:].view(self.shape)
+
+
+def _length(dataloader: Any) -> int | None:
+    """The number of batches, if it is known: a DataLoader of an iterable data set has a length that raises."""
+    try:
+        return len(dataloader)
+    except TypeError:
+        return None

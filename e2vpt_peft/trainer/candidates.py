@@ -22,12 +22,14 @@ class Outcome:
         epochs (`float`): How long it was.
         steps (`int`): The same, in updates.
         train_loss (`float`): The mean loss of all its batches.
+        batch_size (`int`, *optional*): What `auto_find_batch_size` has found.
     """
 
     metric: float
     epochs: float
     steps: int
     train_loss: float
+    batch_size: int | None = None
 
 
 @dataclass

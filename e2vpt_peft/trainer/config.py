@@ -177,13 +177,23 @@ class Metric(NamedTuple):
 
         Raises:
             ValueError: It is not among them.
+            TypeError: It is no number.
         """
         if self.name not in metrics:
             raise ValueError(
                 f"metric_for_best_model={self.name!r} is not among the metrics of the evaluation: "
                 f"{', '.join(sorted(metrics))}. Name one of them, or return it from compute_metrics."
             )
-        return float(metrics[self.name])
+        value: Any = metrics[self.name]
+        try:
+            if isinstance(value, str):
+                raise TypeError
+            return float(value)
+        except (TypeError, ValueError, RuntimeError):  # the last: a tensor of several numbers
+            raise TypeError(
+                f"metric_for_best_model={self.name!r} is {value!r}, of type {type(value).__name__}: compute_metrics "
+                "must return a number for it."
+            ) from None
 
 
 def _rates(name: str, value: Any) -> list[float]:

@@ -14,7 +14,7 @@ from ..masks import PromptMasks
 from ..pruning import AdapterSnapshot, InitialValues, PromptScores, rewind_prompts
 from .candidates import Candidate, Outcome, choose, list_candidates, plan_rounds, survivors
 from .config import PruningConfig
-from .state import SearchState
+from .state import INITIAL, START, SearchState
 
 TUNE, FINAL = "tune", "final"
 """Phases before and after the candidates, whose phases have the names of candidates."""
@@ -157,11 +157,11 @@ class PruningSearch:
     def _start(self) -> Start:
         """Where the search started, which a model that resumes it need not know."""
         state, adapter = self.state, self.adapter
-        if not {"initial", "start"} <= state.records.keys():
-            state.finish("initial", {}, InitialValues.of(adapter).values)
-            state.finish("start", {}, AdapterSnapshot.of(adapter).to_tensors())
-        initial = InitialValues(state.tensors("initial"))
-        snapshot = AdapterSnapshot.from_tensors(state.tensors("start"))
+        if not {INITIAL, START} <= state.records.keys():
+            state.finish(INITIAL, {}, InitialValues.of(adapter).values)
+            state.finish(START, {}, AdapterSnapshot.of(adapter).to_tensors())
+        initial = InitialValues(state.tensors(INITIAL))
+        snapshot = AdapterSnapshot.from_tensors(state.tensors(START))
         return Start(adapter, initial, snapshot, self.seed + 1 if self.config.rewind == "fresh" else None)
 
     def _train(self, phase: str, length: float) -> Outcome:

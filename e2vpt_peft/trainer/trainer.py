@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainingArguments, enable_full_determinism, set_seed
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, has_length
 
 from ..adapter import PromptedAdapter
 from ..model_card.write import README
@@ -27,12 +27,18 @@ from ..utils.files import whole_files
 from ..utils.non_finite import explain_non_finite, is_finite
 from ..utils.shards import refuse_shards
 from .candidates import Candidate, Outcome
+from .checkpoints import Progress, seal
 from .config import Metric, PruningArguments, PruningConfig
+from .data import DataSample
 from .engines import Engines
+from .lock import locked
 from .model_card import ModelCardTrainer, results_in
+from .phase import PhaseProgress, is_exact
+from .preparation import FINAL_TRAIN, TRAIN, look_at_data, settings_of
+from .processes import on_main_process
 from .report import MESSAGE, SearchReport, card_paragraph, log_entry, printable
 from .search import FINAL, TUNE, PruningSearch
-from .state import SearchState, on_main_process, settings_of
+from .state import SearchState
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +52,7 @@ class _Run:
         metric ([`Metric`]): What decides.
         state ([`SearchState`]): What is finished.
         ignore_keys (`list[str]`, *optional*): Outputs of the model that evaluations leave out.
+        data (`dict[str, DataSample]`): Samples of the data sets, by the names of the Trainer's attributes.
         counters (`list[tuple[Any, dict[str, Any]]]`):
             Callbacks that count (early stopping), and their attributes before: they begin anew in every phase.
         history (`list[dict[str, Any]]`): The log of the phases that are over.
@@ -55,6 +62,7 @@ class _Run:
     metric: Metric
     state: SearchState
     ignore_keys: list[str] | None
+    data: dict[str, DataSample]
     counters: list[tuple[Any, dict[str, Any]]]
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
@@ -75,7 +83,7 @@ class E2VPTTrainer(ModelCardTrainer):
 
     Every phase is a training of its own, with the callbacks, the evaluation and the checkpoints that the
     [`~transformers.TrainingArguments`] ask for. All that it writes into the output directory is `_pruning_state/`,
-    `pruning_results.json` and, if matplotlib is installed, `pruning_results.png`.
+    `pruning_results.json` and, if matplotlib is installed, `pruning_results.png`; while it runs, also `_pruning_lock`.
 
     Args:
         *args, **kwargs: Those of [`~transformers.Trainer`]. `eval_dataset` is needed.
@@ -110,6 +118,9 @@ class E2VPTTrainer(ModelCardTrainer):
         self.pruning_config = PruningConfig(**({} if pruning_config is None else dataclasses.asdict(pruning_config)))
         self.final_train_dataset = final_train_dataset
         self._engines = Engines(self)
+        self._progress = PhaseProgress()
+        self.add_callback(self._progress)
+        self._run: _Run | None = None
 
     def train(
         self,
@@ -122,7 +133,8 @@ class E2VPTTrainer(ModelCardTrainer):
         Args:
             resume_from_checkpoint (`bool`, *optional*):
                 `True` goes on with the search in the output directory, wherever it was killed, and starts one if
-                there is none. The result is that of an uninterrupted run.
+                there is none. The result is that of an uninterrupted run. Data, model and settings must be those
+                that the search was started with, but for what [`HARMLESS`] lists.
             trial: Not supported.
             ignore_keys_for_eval (`list[str]`, *optional*): As for [`~transformers.Trainer.train`].
 
@@ -131,33 +143,42 @@ class E2VPTTrainer(ModelCardTrainer):
             winner, and metrics, with the table of candidates as `"pruning_candidates"`.
 
         Raises:
-            ValueError: Something needed is missing or does not go together. Nothing has been trained.
+            ValueError, TypeError: Something needed is missing or does not go together. Nothing has been trained.
+            RuntimeError: Another search runs in the output directory.
             FloatingPointError: A loss is NaN or infinite; see `PruningConfig(skip_diverged=True)` for candidates.
         """
         start_time = time.time()
+        folder = str(self.args.output_dir)
         adapter = self._check_setup(resume_from_checkpoint, trial)
-        config, metric = self.pruning_config, Metric.of(self.pruning_config, self.args)
-        args, train_dataset, folder = self.args, self.train_dataset, str(self.args.output_dir)
-        settings = settings_of(args, adapter.config, config, metric, self.final_train_dataset is not None)
-        callbacks = [c for c in self.callback_handler.callbacks if isinstance(c, ExportableState)]
-        counters = [(callback, copy.deepcopy(callback.state()["attributes"])) for callback in callbacks]
+        args, train_dataset = self.args, self.train_dataset
         try:
-            # Reporters open their files now, in the user's output directory.
-            self.log({"phase": "start"})  # type: ignore[dict-item]
-            resume = bool(resume_from_checkpoint) and SearchState.exists(folder)
-            if not resume:
-                metric.value_in(self.evaluate(ignore_keys=ignore_keys_for_eval))
-            state = SearchState(folder, settings, resume)
-            run = _Run(adapter, metric, state, ignore_keys_for_eval, counters)
-            report = SearchReport(self._search(run).run(), metric.name, config.tolerance)
-            on_main_process(lambda: report.write(Path(folder)))
+            with locked(folder):
+                resume = bool(resume_from_checkpoint) and SearchState.exists(folder)
+                self._run = run = self._prepare(adapter, resume, ignore_keys_for_eval)
+                report = SearchReport(self._search(run).run(), run.metric.name, self.pruning_config.tolerance)
+                on_main_process(lambda: report.write(Path(folder)))
             logger.log(logging.INFO if report.result.has_pruned else logging.WARNING, report.message)
             self.log(report.log_entry())
             self.state.log_history = run.history + self.state.log_history
             return report.output(time.time() - start_time)
         finally:
-            self.args, self.train_dataset = args, train_dataset
+            self.args, self.train_dataset, self._run = args, train_dataset, None
             self._release()
+
+    def _prepare(self, adapter: PromptedAdapter, resume: bool, ignore_keys: list[str] | None) -> _Run:
+        """Open the state of the search, when all is known to work that a phase will need."""
+        # Reporters open their files now, in the user's output directory.
+        self.log({"phase": "start"})  # type: ignore[dict-item]
+        metric = Metric.of(self.pruning_config, self.args)
+        self._engines.place_whole_model()
+        data = look_at_data(self, adapter)
+        if not resume:
+            metric.value_in(self.evaluate(ignore_keys=ignore_keys))
+        callbacks = [c for c in self.callback_handler.callbacks if isinstance(c, ExportableState)]
+        counters = [(callback, copy.deepcopy(callback.state()["attributes"])) for callback in callbacks]
+        settings = settings_of(self, adapter, self.pruning_config, metric, data)
+        state = SearchState(str(self.args.output_dir), settings, resume)
+        return _Run(adapter, metric, state, ignore_keys, data, counters)
 
     def _search(self, run: _Run) -> PruningSearch:
         return PruningSearch(
@@ -178,37 +199,73 @@ class E2VPTTrainer(ModelCardTrainer):
         """Train the adapter as it is, for so many epochs or steps, and evaluate it."""
         logger.info("Pruning: phase %s", phase)
         # Trainer resumes adapters of no other kind.
-        checkpoint = run.state.last_checkpoint(phase) if isinstance(self.model, PeftModel) else None
+        found = run.state.last_checkpoint(phase) if isinstance(self.model, PeftModel) else None
         args, train_dataset = self.args, self.train_dataset
         self.args = _phase_arguments(args, run.state.phase_folder(phase), length)
         if phase == FINAL:
             self.train_dataset = self.final_train_dataset
         try:
             self._forget(run)
+            checkpoint = self._go_on_from(run, found)
             with self._engines.sharded_copy(run.adapter):
-                output = super().train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=run.ignore_keys)
+                super().train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=run.ignore_keys)
+            train_loss = self._progress.loss / max(self.state.global_step, 1)
             self._check_weights(run.adapter.model)
             value = run.metric.value_in(self.evaluate(ignore_keys=run.ignore_keys))
         except FloatingPointError as error:
             if phase in (TUNE, FINAL) or not self.pruning_config.skip_diverged:
                 raise
             logger.warning("%s The candidate is skipped.", error)
-            output, value = TrainOutput(self.state.global_step, math.nan, {}), math.nan
+            train_loss = value = math.nan
         finally:
             self.args, self.train_dataset = args, train_dataset
-        return Outcome(value, float(self.state.epoch or 0), self.state.global_step, output.training_loss)
+        epochs = float(self.state.epoch or 0)
+        return Outcome(value, epochs, self.state.global_step, train_loss, self._train_batch_size)
+
+    def _go_on_from(self, run: _Run, found: tuple[str, Progress] | None) -> str | None:
+        """Put back what Trainer does not, and return the checkpoint that it is to go on from."""
+        batch_sizes = [record["batch_size"] for record in run.state.records.values() if "batch_size" in record]
+        if self.args.auto_find_batch_size and batch_sizes:
+            self._train_batch_size = batch_sizes[-1]
+        checkpoint, self._progress.resumed = (None, None) if found is None else found
+        if self._progress.resumed is not None:
+            for (callback, _), attributes in zip(run.counters, self._progress.resumed.callbacks, strict=True):
+                for name, value in attributes.items():
+                    setattr(callback, name, value)
+        return checkpoint
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self._run is None or not self.args.should_save:
+            return
+        loader = self.callback_handler.train_dataloader
+        batches = len(loader) if has_length(loader) else None
+        sample = self._run.data[FINAL_TRAIN if self._phase == FINAL else TRAIN]
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        progress = Progress(
+            is_exact=is_exact(self.args, self.state, self.control, batches, sample),
+            loss=self._progress.loss,
+            callbacks=[callback.state()["attributes"] for callback, _ in self._run.counters],
+            best=None if best is None else Path(best).name,
+        )
+        seal(Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", progress)
 
     def _score(self, run: _Run) -> PromptScores:
         set_seed(self.args.seed)
         self._engines.place_whole_model()
         dataset: Any = self.train_dataset
+        max_batches = self.pruning_config.max_score_batches
+        if max_batches is None and not has_length(dataset):  # it may have no end: as much as a training sees
+            samples = self.args.max_steps * self.args.gradient_accumulation_steps * self.args.train_batch_size
+            max_batches = math.ceil(samples / self.args.eval_batch_size)
         with self.accelerator.autocast():
             scores = score_prompts(
                 run.adapter.model,
                 self.get_test_dataloader(dataset),  # in order, as for evaluation
                 self.pruning_config.importance,
                 adapter_name=run.adapter.name,
-                max_batches=self.pruning_config.max_score_batches,
+                max_batches=max_batches,
                 progress_bar=not self.args.disable_tqdm and self.is_local_process_zero(),
             )
         self.log({"phase": "score", "visual_prompts": len(scores.tokens)})  # type: ignore[dict-item]
@@ -261,6 +318,7 @@ class E2VPTTrainer(ModelCardTrainer):
                 f"The loss of phase '{self._phase}' is {loss.mean().item()} at step {self.state.global_step + 1}. "
                 f"{explain_non_finite(model, inputs)}"
             )
+        self._progress.loss += loss.mean().item()
         return loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -321,6 +379,12 @@ class E2VPTTrainer(ModelCardTrainer):
                 "optimizers=... belong to parameters that pruning replaces. Choose the optimizer by "
                 "TrainingArguments(optim=...), pass optimizer_cls_and_kwargs, or override create_optimizer."
             )
+        final: Any = self.final_train_dataset
+        if final is not None and not has_length(final) and self.args.max_steps <= 0:
+            raise ValueError(
+                "final_train_dataset has no length, so that the length of an epoch is not known: set "
+                "TrainingArguments(max_steps=...)."
+            )
         self._engines.check_settings()
         model: Any = self.model
         refuse_shards(model)
@@ -330,7 +394,8 @@ class E2VPTTrainer(ModelCardTrainer):
         except ValueError as error:
             raise ValueError(f"E2VPTTrainer needs one active adapter with visual prompts. {error}") from None
         known = has_initial_prompts(adapter)
-        if self.pruning_config.rewind == "saved" and not known and not resume_from_checkpoint:
+        resumes = resume_from_checkpoint and SearchState.exists(str(self.args.output_dir))
+        if self.pruning_config.rewind == "saved" and not known and not resumes:
             raise ValueError(
                 f"rewind='saved', but the initial values of adapter '{adapter.name}' are not known, because it was "
                 "loaded from a file: set PruningConfig(rewind='fresh')."
@@ -348,6 +413,8 @@ def _phase_arguments(args: TrainingArguments, folder: Path, length: float) -> Tr
     of_phase = copy.copy(args)
     of_phase.output_dir = str(folder)
     of_phase.push_to_hub = False  # what is worth it, the user pushes at the end
+    of_phase.ignore_data_skip = False
+    of_phase.restore_callback_states_from_checkpoint = False  # it would replace the callbacks of the phases to come
     if args.max_steps > 0:
         of_phase.max_steps = int(length)
     else:

@@ -1,1 +1,1 @@
-"""What knows nothing of prompts: checks of fields, eval mode and back, NaN explained, shards, whole files."""
+"""What knows nothing of prompts: fields, a model put back, eval mode, NaN, random states, shards, files, images."""

@@ -6,6 +6,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+MAX_NAMES = 1_000
+"""How many modules may be named: each is compared with every module of a model, and endings of names will do."""
+SPECIAL = frozenset(r"\^$*+?{}[]|()")
+"""What has a meaning in regular expressions. The dot has one, too, but is harmless in names, of which it is a part."""
+
 
 def check_integer(name: str, value: Any, at_least: int, optional: bool = False) -> None:
     """Refuse what is no integer of at least that size."""
@@ -43,8 +48,16 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} must be {words}.")
 
 
-def check_module_names(name: str, value: Any, or_pattern: bool = False) -> None:
-    """Refuse what is no collection of names of modules, nor, where that will do, a regular expression."""
+def check_module_names(name: str, value: Any, or_pattern: bool = False, literal: bool = False) -> None:
+    """Refuse what is no collection of names of modules, nor, where that will do, a regular expression.
+
+    Args:
+        name (`str`): The field.
+        value: Its value.
+        or_pattern (`bool`): Whether a regular expression will do.
+        literal (`bool`):
+            Whether names may have no character that means something else in a regular expression, but for the dot.
+    """
     if value is None:
         return
     if isinstance(value, str) and or_pattern:
@@ -52,6 +65,15 @@ def check_module_names(name: str, value: Any, or_pattern: bool = False) -> None:
             re.compile(value)
         except re.error as error:
             raise ValueError(f"{name}={value!r} is no regular expression: {error}.") from None
-    elif not isinstance(value, (list, tuple, set)) or not all(isinstance(one, str) and one for one in value):
+        return
+    if not isinstance(value, (list, tuple, set)) or not all(isinstance(one, str) and one for one in value):
         pattern = ", or a regular expression" if or_pattern else ""
         raise TypeError(f"{name}={value!r} must be a list of names{pattern}, or None.")
+    if len(value) > MAX_NAMES:
+        raise ValueError(f"{name} has {len(value)} names, but may have {MAX_NAMES}: endings of names will do.")
+    for one in value if literal else ():
+        if SPECIAL.intersection(one):
+            raise ValueError(
+                f"{name} has {one!r}, which is a pattern: write out the names, as no regular expressions are allowed "
+                "here."
+            )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 SAVING = "_saving"
 """The folder in which files are written. Trainer does not push what begins with an underscore."""
@@ -21,6 +24,41 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError:  # a full disk needs the room
         temporary.unlink(missing_ok=True)
         raise
+
+
+CHECKSUM = "checksum"
+
+
+def digest_of(content: bytes) -> str:
+    """A short checksum, which no damage leaves as it was."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def write_checked(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON with a checksum of its own, as [`write_atomically`] does."""
+    checksum = digest_of(json.dumps(content).encode())
+    write_atomically(path, json.dumps({**content, CHECKSUM: checksum}, indent=2).encode())
+
+
+def read_checked(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Read what [`write_checked`] has written.
+
+    Args:
+        path (`Path`): The file.
+        names (`Sequence[str]`): What is in it, no more and no less. The checksum may be missing.
+
+    Raises:
+        ValueError: The file is damaged. The message names it.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        checksum = content.pop(CHECKSUM, None)
+        damaged = content.keys() != set(names) or checksum not in (None, digest_of(json.dumps(content).encode()))
+    except (ValueError, AttributeError):  # no JSON, or no dictionary
+        damaged = True
+    if damaged:
+        raise ValueError(f"{path} is damaged: it is cut short, or its checksum is not that of its content.")
+    return dict(content)
 
 
 @contextmanager

@@ -13,13 +13,10 @@ from peft import (
 )
 from torch import nn
 
-from e2vpt_peft import E2VPTConfig, E2VPTLayer
+from e2vpt_peft import E2VPTConfig
 from e2vpt_peft.loading.compatibility import (
-    check_adapter_name,
     check_backbone_sizes,
     check_modules_to_save,
-    check_nothing_overwritten,
-    check_saved_prompts,
     describe_backbone,
 )
 
@@ -142,43 +139,6 @@ def test_a_configuration_that_does_not_fit_is_refused_in_words_and_nothing_is_ch
     assert_refused(tiny_vit(), config, words)
 
 
-class TestNames:
-    def test_a_new_name_passes(self) -> None:
-        for name in ("flowers", "a_b", "a-b", "0x", "Model", "vit_2"):
-            check_adapter_name(tiny_vit(), name)
-        check_adapter_name(adapted(), "other")
-
-    @pytest.mark.parametrize(
-        ("name", "words"),
-        [
-            ("__base__", "stands for the model without an adapter"),
-            ("", "must have at least one character and no dot"),
-            ("a.b", "must have at least one character and no dot"),
-            ("keys", "is the name of a method of PyTorch's containers"),
-            ("attention", "is also the name of a part of the model"),
-            ("weight", "is also the name of a part of the model"),
-            ("modules_to_save", "is also the name of a part of the model"),
-            ("e2vpt_kv_prompts", "is also the name of a part of the model"),
-        ],
-    )
-    def test_a_name_that_cannot_be_is_refused_with_the_reason(self, name: str, words: str) -> None:
-        with pytest.raises(ValueError, match=f"^adapter_name='{name}' {words}"):
-            check_adapter_name(adapted(), name)
-
-    def test_a_name_that_is_taken_is_refused_in_the_words_of_peft(self) -> None:
-        with pytest.raises(ValueError, match="^Adapter with name 'default' already exists. Choose another"):
-            check_adapter_name(adapted(), "default")
-
-    def test_names_in_containers_which_may_be_adapters_are_no_parts_of_the_model(self) -> None:
-        model = tiny_vit()
-        model.heads = nn.ModuleDict({"flowers": nn.Linear(2, 2)})
-        model.rows = nn.ParameterDict({"trees": torch.ones(2)})
-        for name in ("flowers", "trees"):
-            check_adapter_name(model, name)
-        with pytest.raises(ValueError, match="adapter_name='heads' is also the name of a part"):
-            check_adapter_name(model, "heads")
-
-
 class TestBackbones:
     def test_sizes_are_numbers_where_all_layers_have_the_same(self) -> None:
         sites = [layer.site for layer in layers_of(adapted())]
@@ -225,48 +185,34 @@ class TestBackbones:
         check_modules_to_save(model, None)
 
 
-class TestSavedPrompts:
-    """Prompts by their names in the model, as PEFT is about to load them."""
+class TestModulesToSave:
+    def test_those_that_peft_cannot_wrap_are_refused_before_anything_is_changed(self) -> None:
+        for modules, words in {
+            ("classifier", "q_proj"): r"'vit.layers.0.attention.q_proj', which is in an attention that gets prompts",
+            ("classifier", "ayers"): "'vit.layers', which is a ModuleList",
+            ("layers.0", "fc1"): "'vit.layers.0' and, inside of it, 'vit.layers.0.mlp.fc1'",
+        }.items():
+            refused = E2VPTConfig(modules_to_save=list(modules))
+            backbone, model = tiny_vit(), adapted()
+            for target, put in (
+                (backbone, lambda: get_peft_model(backbone, refused)),  # noqa: B023
+                (model, lambda: model.add_adapter("other", refused)),  # noqa: B023
+            ):
+                before = snapshot(target)
+                with pytest.raises(ValueError, match=words):
+                    put()
+                assert_unchanged(target, before)
+            model.add_adapter("other", small_config())
+            get_peft_model(backbone, small_config())
 
-    def saved(self, model: PeftModel) -> dict[str, torch.Tensor]:
-        names = [name for name, _ in model.named_modules() if name.endswith("attention")]
-        return {f"{name}.e2vpt_visual_prompts": torch.ones(2, 32) for name in names}
+    def test_a_layer_that_gets_no_prompts_can_be_saved_whole(self) -> None:
+        get_peft_model(tiny_vit(), E2VPTConfig(modules_to_save=["layers.0"]))
 
-    def check(self, model: PeftModel, prompts: dict[str, torch.Tensor]) -> None:
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, E2VPTLayer)}
-        check_saved_prompts(layers, model, prompts)
 
-    def test_those_of_the_model_pass_whatever_their_number(self) -> None:
-        model = adapted()
-        self.check(model, self.saved(model))
-        self.check(model, {name: torch.ones(9, 32) for name in self.saved(model)})
-        self.check(model, {name: torch.ones(20) for name in self.saved(model)})  # with pruned segments
-
-    def test_all_sizes_that_differ_are_named_once(self) -> None:
-        model = adapted()
-        prompts = {name: torch.ones(2, 64) for name in self.saved(model)}
-        prompts |= {name.replace("visual", "kv"): torch.ones(8, 3, 8) for name in prompts}
-        with pytest.raises(ValueError, match=r"with hidden size 64 \(this model: 32\), heads 8 \(this model: 4\)\."):
-            self.check(model, prompts)
-
-    def test_prompts_for_layers_that_are_not_there_tell_how_many_layers_there_were(self) -> None:
-        model = adapted()
-        prompts = self.saved(model)
-        more = {name.replace("layers.2", "layers.3"): value for name, value in prompts.items()}
-        with pytest.raises(ValueError, match=r"number of layers 4 \(this model: 3\)"):
-            self.check(model, {**prompts, **more})
-        self.check(adapted(layers_to_transform=[0]), prompts)  # they are there, and not adapted
-
-    def test_values_that_are_not_finite_are_refused(self) -> None:
-        model = adapted()
-        prompts = {name: value * float("nan") for name, value in self.saved(model).items()}
-        with pytest.raises(ValueError, match="The state dict of the adapter: 64 of 64 values of 'base_model.*are NaN"):
-            self.check(model, prompts)
-
-    def test_what_would_overwrite_the_model_or_another_adapter_is_refused(self) -> None:
-        model = adapted()
-        own = [f"base_model.model.classifier.modules_to_save.default.{part}" for part in ("weight", "bias")]
-        check_nothing_overwritten(model, "default", [*self.saved(model), *own, "base_model.model.nowhere"])
-        for name in ("base_model.model.vit.layernorm.weight", "vit.layernorm.weight", own[0]):
-            with pytest.raises(ValueError, match=f"has '.*{name}' .1 such tensors., .* overwrite the model"):
-                check_nothing_overwritten(model, "other", [name])
+def test_a_task_of_models_that_generate_is_refused_before_anything_is_changed() -> None:
+    backbone = tiny_vit()
+    before = snapshot(backbone)
+    for task in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        with pytest.raises(ValueError, match=f"task_type='{task}' is for models that generate, which ViTFor"):
+            get_peft_model(backbone, E2VPTConfig(task_type=task))
+    assert_unchanged(backbone, before)

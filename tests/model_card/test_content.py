@@ -98,8 +98,32 @@ class TestWhatACardSays:
             data = metadata(text)
             assert data.base_model is None and data.datasets is None
             assert not any(str(tmp_path) in tag for tag in data.tags)
-            assert data.eval_results[0].dataset_name == "flowers"
+            assert data.eval_results is None  # which the Hub would show as those on somebody else's `flowers`
+            assert "adapter for `backbone`, trained on `flowers`." in text and "datasets/" not in text
+            assert str(tmp_path / "backbone") not in text and '"path/to/the/backbone"' in text
             model.save_pretrained(tmp_path / "adapter")  # PEFT writes the path of the backbone into the card
+
+    @pytest.mark.parametrize(
+        "base_model",
+        [
+            "x`\n\n# Heading\n<img src='http://127.0.0.1/track.png'>\n```python\nimport os\n```\n<!--",
+            "a <!-- e2vpt_peft: end --> b",
+            "a" * 5000,
+            "a\0b",
+            "\ud800",
+            "/home/ann/backbone",
+            "../backbone",
+        ],
+        ids=ascii,
+    )
+    def test_what_a_stranger_wrote_in_place_of_an_id_is_not_in_it(self, base_model: str, tmp_path: Path) -> None:
+        model = adapted()
+        model.peft_config["default"].base_model_name_or_path = base_model
+        texts = [card(model, tmp_path, metrics={"accuracy": value}) for value in (0.5, 0.25)]
+        assert "0.5" in texts[0] and "0.25" in texts[1]  # renewed
+        for text in texts:
+            assert "adapter for a vision transformer." in text
+            assert base_model not in text and "Heading" not in text and "<img" not in text
 
     def test_results_without_a_data_set_are_in_the_text_alone(self, tmp_path: Path) -> None:
         text = card(adapted(), tmp_path, metrics={"accuracy": 0.5})

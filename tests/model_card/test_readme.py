@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCardData
 
 from e2vpt_peft import write_model_card
-from e2vpt_peft.model_card.readme import has_persons_words, is_hub_id
+from e2vpt_peft.model_card.readme import BEGIN, END, has_persons_words, is_hub_id, update_readme
 
 from .common import PERSONS, adapted, card, generated, metadata
 
@@ -122,3 +123,19 @@ def test_a_folder_is_no_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "me" / "flowers").mkdir(parents=True)
     assert not is_hub_id("me/flowers") and is_hub_id("me/trees")
+
+
+def test_a_section_that_quotes_the_end_mark_is_renewed() -> None:
+    metadata = ModelCardData(library_name="peft")
+    once = update_readme(None, f"old {END} text\n", metadata)
+    assert once is not None and once.count(END) == 1
+    again = update_readme(once + "kept\n", "new\n", metadata)
+    assert again is not None and "new" in again and "old" not in again and again.endswith("kept\n")
+
+
+def test_many_beginnings_are_looked_at_once() -> None:
+    """A regular expression that looks for the end behind each of them takes minutes."""
+    beginning = BEGIN.format("0" * 16, "0" * 16)
+    for text in (beginning * 20_000, END + beginning * 20_000, "<!-- e2vpt_peft writes " * 50_000):
+        assert update_readme(text, "new", ModelCardData()) is None
+        assert has_persons_words(text)

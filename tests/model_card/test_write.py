@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,43 @@ def test_a_persons_card_has_no_other_in_its_place() -> None:
     assert model_card(adapted(), "# Flowers\n\nTrained by hand.\n") is None
     text = model_card(adapted(), name="flowers")
     assert text is not None and model_card(adapted(), text, name="flowers") == text
+
+
+class TestLinks:
+    def test_a_link_is_replaced_and_not_followed(self, tmp_path: Path) -> None:
+        folder, outside = tmp_path / "adapter", tmp_path / "outside.txt"
+        folder.mkdir()
+        (folder / "README.md").symlink_to(outside)
+        write_model_card(adapted(), folder)
+        assert not outside.exists() and not (folder / "README.md").is_symlink()
+        outside.write_text(text := (folder / "README.md").read_text())
+        (folder / "README.md").unlink()
+        (folder / "README.md").symlink_to(outside)  # as in the Hub's cache
+        write_model_card(adapted(), folder, metrics={"accuracy": 0.5})
+        assert outside.read_text() == text and "0.5" in (folder / "README.md").read_text()
+
+    def test_a_pipe_is_not_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "README.md")
+        write_model_card(adapted(), tmp_path)
+        assert (tmp_path / "README.md").is_file()
+
+
+def test_words_in_another_encoding_are_kept_to_the_byte(tmp_path: Path) -> None:
+    write_model_card(adapted(), tmp_path)
+    path = tmp_path / "README.md"
+    path.write_bytes(path.read_bytes() + "Blüten\n".encode("latin-1"))
+    write_model_card(adapted(), tmp_path, metrics={"accuracy": 0.5})
+    assert path.read_bytes().endswith("Blüten\n".encode("latin-1")) and b"0.5" in path.read_bytes()
+    path.write_bytes(persons := "# Blüten\n".encode("latin-1"))
+    write_model_card(adapted(), tmp_path)
+    assert path.read_bytes() == persons
+
+
+def test_a_new_card_is_written_without_a_word_of_huggingface_hub(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_model_card(adapted(), tmp_path)
+    write_model_card(adapted(), tmp_path)
+    (tmp_path / "README.md").write_text("# Flowers\n")
+    write_model_card(adapted(), tmp_path)
+    assert "metadata block" not in caplog.text

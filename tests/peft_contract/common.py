@@ -49,22 +49,32 @@ def layers_of(model: nn.Module) -> list[E2VPTLayer]:
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """All that an operation that is refused must leave alone."""
+    configs = getattr(model, "peft_config", {})
     return {
         "modules": [(name, type(module)) for name, module in model.named_modules()],
         "state": {name: tensor.clone() for name, tensor in model.state_dict().items()},
         "trainable": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
-        "adapters": sorted(getattr(model, "peft_config", {})),
+        "modes": [name for name, module in model.named_modules() if module.training],
+        "adapters": {name: str(config) for name, config in configs.items()},
+        "active": [str(module.active_adapters) for module in model.modules() if isinstance(module, E2VPTLayer)],
         "hooks": sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()),
+        "attributes": [(name, sorted(vars(module))) for name, module in model.named_modules()],
+        "configs": [str(vars(model).get(name)) for name in ("config", "generation_config")],
     }
 
 
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The parts of two snapshots that differ."""
+    found = [part for part in before if part != "state" and before[part] != after[part]]
+    old, new = before["state"], after["state"]
+    same = old.keys() == new.keys() and all(
+        old[name].dtype == new[name].dtype and torch.equal(old[name], new[name]) for name in old
+    )
+    return found if same else [*found, "state"]
+
+
 def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
-    after = snapshot(model)
-    assert after.keys() == before.keys()
-    for part in ("modules", "trainable", "adapters", "hooks"):
-        assert after[part] == before[part], part
-    assert after["state"].keys() == before["state"].keys()
-    assert all(torch.equal(after["state"][name], before["state"][name]) for name in before["state"])
+    assert differences(before, snapshot(model)) == []
 
 
 def edit_config(folder: Path, **values: Any) -> None:

@@ -409,3 +409,30 @@ class TestWhatPromptsCannotDo:
     def test_linear_layers_as_targets_are_refused_in_words(self) -> None:
         with pytest.raises(ValueError, match="no self-attention"):
             get_peft_model(tiny_vit(), E2VPTConfig(target_modules="all-linear"))
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
+def test_an_injection_that_fails_half_way_is_undone(kind: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever fails: here, all is done but for the last step."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("half-way")
+
+    backbone, shallow = tiny_vit(), adapted(adapter_name="first", visual_prompt_depth="shallow")
+    config = small_config(layers_to_transform=[1, 2], **kind)
+    for model, put in (
+        (backbone, lambda: get_peft_model(backbone, config)),
+        (shallow, lambda: shallow.add_adapter("other", config)),
+        (backbone, lambda: backbone.add_adapter(config)),
+    ):
+        before = snapshot(model)
+        outputs = logits(model)
+        with monkeypatch.context() as patch:
+            patch.setattr("e2vpt_peft.model.route_modules_to_save", fail)
+            with pytest.raises(RuntimeError, match="half-way"):
+                put()
+        assert_unchanged(model, before)
+        assert config.target_modules is None and config.backbone is None
+        assert torch.equal(logits(model), outputs)
+    shallow.add_adapter("other", config)
+    get_peft_model(backbone, config)

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of tuning, scoring, pruning and saving: what comes out is what an undisturbed run gives.
+"""SIGKILL, SIGTERM and SIGINT at random moments of a search and of saving: the result is that of an undisturbed run.
 
 As a script: `python -m tests.soak.kill --kills 200 --saves 200`. Children are forked, since importing takes longer
 than a search.
@@ -22,23 +22,66 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import EarlyStoppingCallback
 
 from ..support.models import tiny_vit
 from ..trainer import toy
 from ..trainer.interrupted import Events, start
 
 STATE, RESULTS, RESULT = "_pruning_state/state.json", "pruning_results.json", "result"
-OPTIONS: dict[str, Any] = {
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+RATES: dict[str, Any] = {"token_rates": [0.25, 0.5], "segment_rates": [0.0, 0.5]}
+BEST: dict[str, Any] = {
+    "eval_strategy": "steps",
+    "eval_steps": 2,
     "save_strategy": "steps",
-    "save_steps": 3,
-    "pruning": {"token_rates": [0.25, 0.5], "segment_rates": [0.0, 0.5], "importance": "leave_one_out"},
+    "save_steps": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "accuracy",
+    "num_train_epochs": 4,
 }
+SEARCHES: dict[str, dict[str, Any]] = {
+    "grid": {"save_strategy": "steps", "save_steps": 3, "pruning": {**RATES, "importance": "leave_one_out"}},
+    "early stopping": {**BEST, "patience": 1, "pruning": RATES},
+    "early stopping, halving": {
+        **BEST,
+        "patience": 2,
+        "save_total_limit": 1,
+        "pruning": {**RATES, "search": "halving", "halving_factor": 2, "halving_rounds": 2, "rewind": "fresh"},
+    },
+    "augmented, final training": {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "augmented": True,
+        "gradient_accumulation_steps": 2,
+        "warmup_steps": 2,
+        "lr_scheduler_type": "cosine",
+        "pruning": {**RATES, "tolerance": 10.0},
+    },
+}
+"""Options of a search. In all of them something is random: dropout of prompts, and in the last one the data."""
+
+
+class Augmented(torch.utils.data.Dataset[dict[str, Any]]):
+    """Images with noise that is drawn whenever they are read."""
+
+    def __init__(self, samples: toy.BrightPatch) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self.samples[index]
+        image = sample["pixel_values"]
+        return {**sample, "pixel_values": image + 0.3 * random.random() * torch.randn_like(image)}
 
 
 def child(work: Callable[[], None]) -> int:
     """Start a process that does this and ends."""
     process = os.fork()
     if process == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
         errors = os.fdopen(os.dup(2), "w")
         for stream in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
@@ -46,6 +89,8 @@ def child(work: Callable[[], None]) -> int:
             torch.set_num_threads(1)
             work()
             os._exit(0)
+        except KeyboardInterrupt:
+            os._exit(128 + signal.SIGINT)
         except BaseException:
             traceback.print_exc(file=errors)
             errors.flush()
@@ -56,24 +101,35 @@ def child(work: Callable[[], None]) -> int:
 def ended(process: int) -> bool:
     """Wait for a child; whether it came to its end. It must not fail."""
     _, status = os.waitpid(process, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the child failed"
-    return not os.WIFSIGNALED(status)
+    stopped = os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 128 + signal.SIGINT
+    assert stopped or os.WEXITSTATUS(status) == 0, "the child failed"
+    return not stopped
 
 
-def killed_after(seconds: float, work: Callable[[], None], ready: Path | None = None) -> bool:
+def killed_after(
+    seconds: float, work: Callable[[], None], ready: Path | None = None, by: signal.Signals = signal.SIGKILL
+) -> bool:
     """Kill a process that does this after some time, counted from when a file is there; whether it was still at it."""
     process = child(work)
     while ready is not None and not ready.exists():
         time.sleep(0.05)
     time.sleep(seconds)
-    os.kill(process, signal.SIGKILL)
+    os.kill(process, by)
     return not ended(process)
 
 
-def search(folder: Path) -> None:
+def search(folder: Path, name: str) -> None:
     """Start or resume a search, and save what it found."""
+    options = json.loads(json.dumps(SEARCHES[name]))
+    patience = options.pop("patience", None)
+    keywords: dict[str, Any] = {}
+    if patience is not None:
+        keywords["callbacks"] = [EarlyStoppingCallback(patience)]
+    if options.pop("augmented", False):
+        keywords["train_dataset"] = Augmented(toy.TRAIN)
+        keywords["final_train_dataset"] = Augmented(toy.BrightPatch(40, seed=3))
     resume = (folder / STATE).exists()
-    trainer, _ = start(folder, Events(float("inf"), lambda: None), resume, **json.loads(json.dumps(OPTIONS)))
+    trainer, _ = start(folder, Events(float("inf"), lambda: None), resume, **keywords, **options)
     trainer.save_model(str(folder / RESULT))
 
 
@@ -86,7 +142,9 @@ def phase_of(folder: Path) -> str:
         return "saving the result"
     if "tune" not in records:
         return "tuning" if "start" in records else "start"
-    return "candidates" if "scores" in records else "scoring"
+    if "scores" not in records:
+        return "scoring"
+    return "final training" if (folder / "_pruning_state" / "final").exists() else "candidates"
 
 
 def check_whole(folder: Path) -> int:
@@ -106,25 +164,41 @@ def check_whole(folder: Path) -> int:
     return files
 
 
+def check_same(folder: Path, undisturbed: Path) -> None:
+    """The table is the same, and every bit of the weights."""
+    assert (folder / RESULTS).read_text() == (undisturbed / RESULTS).read_text(), (folder, "another table")
+    found, expected = (load_file(path / RESULT / "adapter_model.safetensors") for path in (folder, undisturbed))
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), (folder, name)
+
+
 def kill_searches(folder: Path, kills: int, randomness: random.Random) -> dict[str, Any]:
-    """Kill searches, resume them until they are done, and compare with one that was not killed."""
-    undisturbed = folder / "undisturbed"
-    began = time.monotonic()
-    assert ended(child(lambda: search(undisturbed)))
-    seconds = time.monotonic() - began
-    expected = load_file(undisturbed / RESULT / "adapter_model.safetensors")
+    """Kill searches, resume them until they are done, and compare with those that were not killed."""
+    seconds = {}
+    for name in SEARCHES:
+        began = time.monotonic()
+        assert ended(child(lambda: search(folder / name / "undisturbed", name)))  # noqa: B023  (used at once)
+        seconds[name] = time.monotonic() - began
     phases: Counter[str] = Counter()
-    searches = files = 0
+    signals: Counter[str] = Counter()
+    searches: Counter[str] = Counter()
+    files = 0
     while phases.total() < kills:
-        target = folder / f"search-{searches}"
-        while killed_after(randomness.uniform(0, seconds), lambda: search(target)):  # noqa: B023  (used at once)
+        name = list(SEARCHES)[searches.total() % len(SEARCHES)]
+        target = folder / name / str(searches[name])
+        while True:
+            by = randomness.choice(SIGNALS)
+            wait = randomness.uniform(0, 0.3 * seconds[name])
+            if not killed_after(wait, lambda: search(target, name), by=by):  # noqa: B023  (used at once)
+                break
             phases[phase_of(target)] += 1
+            signals[by.name] += 1
             files += check_whole(target)
-        assert (target / RESULTS).read_text() == (undisturbed / RESULTS).read_text()
-        for name, tensor in load_file(target / RESULT / "adapter_model.safetensors").items():
-            torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
-        searches += 1
-    return {"searches": searches, "kills": dict(phases), "files read": files}
+        check_same(target, folder / name / "undisturbed")
+        searches[name] += 1
+        print(name, phases.total(), "kills, the same", flush=True)
+    return {"searches": dict(searches), "kills": dict(phases), "signals": dict(signals), "files read": files}
 
 
 def kill_saves(folder: Path, kills: int, randomness: random.Random) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from . import long_life, mixed_batches
+from . import fuzz, long_life, mixed_batches
 
 
 @pytest.mark.slow
@@ -35,3 +35,12 @@ def test_killed_searches_and_saves_come_out_whole() -> None:
     )
     assert process.returncode == 0, process.stderr
     assert "kill_searches" in process.stdout and "kill_saves {'kills': 3" in process.stdout
+
+
+@pytest.mark.slow
+def test_damaged_adapters_are_refused_or_harmless_at_every_entrance() -> None:
+    results = fuzz.run(inputs=200, seed=0)
+    assert {entrance for entrance, _ in results["outcomes"]} == set(fuzz.ENTRANCES)
+    assert {outcome.partition(" ")[0] for _, outcome in results["outcomes"]} == {"refused", "taken"}
+    wrong = {key: found[0] for key, found in results["wrong"].items() if key[0] not in fuzz.NOT_OURS}
+    assert wrong == {}

@@ -81,15 +81,19 @@ def start(folder: Any, events: Events, resume: bool, **options: Any) -> Any:
     """
     records = Path(folder) / "_pruning_state" / "state.json"
     seed = 1000 if records.exists() and "start" in json.loads(records.read_text())["records"] else 0
-    pruning = options.pop("pruning", {})
+    pruning, callbacks = options.pop("pruning", {}), options.pop("callbacks", [])
+    keywords = {name: options.pop(name) for name in list(options) if name in toy.TRAINER_KEYWORDS}
     trainer = InterruptedTrainer(
-        model=toy.adapted(seed=seed),
-        args=toy.arguments(folder, **options),
-        train_dataset=toy.TRAIN,
-        eval_dataset=toy.VALIDATION,
-        compute_metrics=toy.accuracy,
-        pruning_config=toy.pruning(**pruning),
-        callbacks=[events],
+        **{
+            "model": toy.adapted(seed=seed),
+            "args": toy.arguments(folder, **options),
+            "train_dataset": toy.TRAIN,
+            "eval_dataset": toy.VALIDATION,
+            "compute_metrics": toy.accuracy,
+            "pruning_config": toy.pruning(**pruning),
+            "callbacks": [*callbacks, events],
+            **keywords,
+        }
     )
     trainer.events = events
     files.os = _Os(events)  # type: ignore[assignment]
