@@ -10,7 +10,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .attention.prefix import Prefix, WayIn
+from .attention.prefix import Prefix, WayIn, attending, is_traced_for_training
 from .attention.site import AttentionSite
 from .config import E2VPTConfig
 from .initialization import draw_prompts
@@ -82,8 +82,18 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
 
     @property
     def config(self) -> Any:
-        """The attention's own config, for attention implementations, which take this wrapper for the attention."""
-        return self.site.config
+        """The attention's own config, for attention implementations, which take this wrapper for the attention.
+
+        While the attention runs, the view of it that names the prefix, for a `forward` that takes this wrapper so.
+        """
+        current = attending(self)
+        if current is not None and not current.hands_over:
+            return self.base_layer.config
+        return self.site.way_in.config(self.base_layer)
+
+    @config.setter
+    def config(self, config: Any) -> None:
+        self.site.way_in.set_config(self.base_layer, config)
 
     @property
     def implementation(self) -> str:
@@ -340,6 +350,13 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         """Always raises: nothing is ever merged."""
         raise ValueError(CANNOT_MERGE)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the attention, by `forward` or by what somebody has put in its place, and see that prompts were used."""
+        if is_traced_for_training(self):
+            return super().__call__(*args, **kwargs)
+        with self.site.way_in.running(self):
+            return super().__call__(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the attention, with the prompts of the running forward pass."""
         with self.site.way_in.running(self):
@@ -353,6 +370,40 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             if name.startswith("_") or name == "base_layer":
                 raise
             return getattr(self.base_layer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set what is not of this wrapper's own on the attention, which would not see it here."""
+        if name == "__class__" and not issubclass(value, E2VPTLayer):  # FSDP2 and others make a subclass of it
+            self.base_layer.__class__ = value
+        elif self._is_own(name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.base_layer, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_own(name):
+            super().__delattr__(name)
+        else:
+            delattr(self.base_layer, name)
+
+    def _is_own(self, name: str) -> bool:
+        """Whether an attribute is the wrapper's: its class has it, it had it when it was made, or it is private, by
+        which frameworks keep what they know of a module. `ways_in` is the last one to be set in `__init__`."""
+        own = self.__dict__
+        is_made = "ways_in" in own
+        return not is_made or name in own or name in own["_modules"] or name[0] == "_" or hasattr(type(self), name)
+
+    def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
+        """Register a buffer of the attention."""
+        self.base_layer.register_buffer(name, tensor, persistent)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter of the attention."""
+        self.base_layer.register_parameter(name, param)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add a submodule to the attention."""
+        self.base_layer.add_module(name, module)
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         raise RuntimeError(

@@ -115,7 +115,6 @@ def _norm_checked(model: nn.Module, name: str) -> Iterator[None]:
 
     if norm is not None:
         what = f"what its norm '{site.norm_name}' gives"
-        # Called by the model first, and then by the layer, for the prompts.
         handle = norm.register_forward_hook(see)
     else:
         what = "what enters its layer, though attention_norm='none'"

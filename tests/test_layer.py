@@ -1,13 +1,21 @@
 from __future__ import annotations
 
+import copy
+import pickle
+import types
+
 import pytest
 import torch
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.vit.modeling_vit import ViTAttention, eager_attention_forward
 
 from e2vpt_peft import E2VPTConfig, E2VPTLayer
+from e2vpt_peft.attention import prefix
 
+from .support.adapted import adapt
 from .support.models import TINY_MODELS, images, tiny_vit
 from .support.prompted import with_prompts
 from .support.reference import random_prompts
@@ -132,3 +140,157 @@ def test_data_parallel_is_refused_in_words():
     layer = first_layer(get_peft_model(tiny_vit(), E2VPTConfig()))
     with pytest.raises(RuntimeError, match="accelerate launch"):
         layer._replicate_for_data_parallel()
+
+
+# Attention that somebody has changed
+
+
+def written_out(self, hidden_states, *args, **kwargs):
+    """Attention without the interface, as people patch it in to see or to merge something."""
+    heads = (*hidden_states.shape[:-1], -1, 8)
+    q, k, v = (part(hidden_states).view(heads).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj))
+    weights = (q @ k.transpose(-1, -2) * 8**-0.5).softmax(-1)
+    return self.o_proj((weights @ v).transpose(1, 2).flatten(2)), weights
+
+
+def through_the_interface(self, hidden_states, *args, **kwargs):
+    heads = (*hidden_states.shape[:-1], -1, 8)
+    q, k, v = (part(hidden_states).view(heads).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj))
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+    outputs, weights = attend(self, q, k, v, None, scaling=8**-0.5)
+    return self.o_proj(outputs.flatten(2)), weights
+
+
+def patched(forward, way, when):
+    """A model whose second attention has another forward, set on the module that a user sees, or on the one inside."""
+    model = tiny_vit()
+    if when == "before":
+        change(model.vit.layers[1].attention, forward, way)
+    model = adapt(model)
+    attention = model.base_model.model.vit.layers[1].attention
+    if when == "after":
+        change(attention, forward, way)
+    elif when == "inside":
+        change(attention.base_layer, forward, way)
+    return model
+
+
+def change(attention, forward, way):
+    if way == "class":
+        attention.__class__ = type("Patched", (ViTAttention,), {"forward": forward})
+    elif way == "method":
+        attention.forward = types.MethodType(forward, attention)
+    else:  # a function that knows the module
+        attention.forward = lambda *args, **kwargs: forward(attention, *args, **kwargs)
+
+
+WAYS = [
+    (way, when)
+    for way in ("class", "method", "function")
+    for when in ("before", "after", "inside")
+    if (way, when) != ("class", "before")
+]
+
+
+@pytest.mark.parametrize(("way", "when"), WAYS)
+def test_an_attention_that_loses_its_prefix_is_an_error(way, when):
+    model = patched(written_out, way, when)
+    with pytest.raises(RuntimeError, match=r"'vit.layers.1.attention' \(ViTAttention\) has not called .* interface"):
+        model(images())
+    with model.disable_adapter():
+        torch.testing.assert_close(model(images()).logits, tiny_vit()(images()).logits)
+    assert prefix._this_thread.attending is None
+
+
+@pytest.mark.parametrize(("way", "when"), WAYS)
+def test_a_forward_that_calls_the_interface_has_the_prefix(way, when):
+    expected = patched(through_the_interface, way, "never")
+    model = patched(through_the_interface, way, when)
+    model.load_state_dict(expected.state_dict())
+    torch.testing.assert_close(model(images()).logits, expected(images()).logits)
+
+
+def test_a_forward_around_the_former_one_has_the_prefix():
+    model = adapt(tiny_vit())
+    expected, seen = model(images()).logits, []
+    for layer in model.base_model.model.vit.layers:
+        former = layer.attention.forward
+
+        def forward(*args, former=former, **kwargs):
+            seen.append(former(*args, **kwargs))
+            return seen[-1]
+
+        layer.attention.forward = forward
+    assert torch.equal(model(images()).logits, expected)
+    assert len(seen) == 3
+
+
+def test_an_attention_that_is_called_by_its_forward_is_checked_as_well():
+    layer = first_layer(patched(written_out, "method", "inside").base_model.model.vit.layers[1])
+    with pytest.raises(RuntimeError, match="has not called"):
+        layer.forward(torch.randn(2, 17, 32))
+
+
+def test_an_attention_that_attends_twice_has_the_prefix_both_times():
+    def twice(self, hidden_states, *args, **kwargs):
+        first, weights = through_the_interface(self, hidden_states)
+        second, _ = through_the_interface(self, hidden_states)
+        assert torch.equal(first, second)
+        return first, weights
+
+    model = patched(twice, "method", "after")
+    expected = patched(twice, "method", "never")
+    expected.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(images()).logits, expected(images()).logits)
+
+
+# What is set on the wrapper
+
+
+def test_what_is_set_on_the_adapted_module_reaches_the_attention():
+    model = adapt(tiny_vit())
+    attention = model.base_model.model.vit.layers[0].attention
+    expected = model(images()).logits
+    attention.scaling = 0.01
+    assert attention.base_layer.scaling == attention.scaling == 0.01
+    assert not torch.allclose(model(images()).logits, expected)
+
+    attention.k_proj, former = nn.Linear(32, 32), attention.k_proj
+    assert attention.base_layer.k_proj is attention.k_proj is not former
+    attention.register_buffer("seen", torch.zeros(1))
+    attention.note = "mine"
+    assert {"seen"} == set(attention.base_layer._buffers) and attention.base_layer.note == "mine"
+    del attention.note, attention.seen
+    assert not hasattr(attention.base_layer, "note") and not hasattr(attention, "seen")
+
+
+def test_what_is_the_wrappers_own_stays_there():
+    attention = first_layer(adapt(tiny_vit()))
+    attention.train()
+    attention.merged_adapters = ["x"]
+    attention._noted_by_a_framework = 1
+    assert not {"merged_adapters", "_noted_by_a_framework"} & set(vars(attention.base_layer))
+    attention.__class__ = type("Sharded", (type(attention),), {})
+    assert isinstance(attention, E2VPTLayer) and type(attention.base_layer).__name__ == "ViTAttention"
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_writes_through_to_its_own_attention(copied):
+    first = adapt(tiny_vit())
+    second = copied(first)
+    first_layer(second).scaling = 0.01
+    assert first_layer(first).scaling != 0.01 == first_layer(second).base_layer.scaling
+
+
+def test_one_attention_can_have_another_implementation():
+    model = adapt(tiny_vit())
+    attention, expected = first_layer(model), model(images()).logits
+    attention.config = copy.copy(attention.config)
+    attention.config._attn_implementation = "eager"
+    torch.testing.assert_close(model(images()).logits, expected)
+    assert [layer.implementation for layer in model.modules() if isinstance(layer, E2VPTLayer)] == [
+        "eager",
+        "sdpa",
+        "sdpa",
+    ]
+    assert model.unload().vit.layers[0].attention.config._attn_implementation == "eager"

@@ -7,18 +7,16 @@ attention that is written out (swinv2). What cannot be followed raises an error,
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .mask import extend_mask
-from .prefix import PrefixSource, WayIn, prepend
+from .prefix import Attending, PrefixSource, WayIn, attending, is_traced_for_training, prepend
 
 
 class ThroughTorchFunctions(WayIn):
@@ -26,23 +24,35 @@ class ThroughTorchFunctions(WayIn):
 
     Args:
         mode (`type[PrefixMode]`): How the prefix is put in.
-        attention (`str`): What errors call the attention, the name of its class.
+        attention (`str`): What errors call the attention.
     """
 
     def __init__(self, mode: type[PrefixMode], attention: str) -> None:
         self.mode = mode
         self.attention = attention
+        self.expected = mode.expected
 
     def running(self, source: PrefixSource) -> AbstractContextManager[Any]:
-        return self.mode(source, self.attention) if source.has_prefix else nullcontext()
+        if attending(source) is not None or not source.has_prefix:
+            return nullcontext()
+        return self._intercepted(Attending(source, self.attention, self.expected))
+
+    @contextmanager
+    def _intercepted(self, current: Attending) -> Iterator[None]:
+        if is_traced_for_training(current.source):
+            with self.mode(current):
+                yield
+            current.check()
+        else:
+            with current, self.mode(current):
+                yield
 
     def implementation(self, config: Any) -> str:
         return self.mode.implementation
 
 
-def calls_sdpa(module: nn.Module) -> bool:
-    """Whether a module's own `forward` calls `scaled_dot_product_attention`."""
-    forward = inspect.unwrap(type(module).forward)
+def calls_sdpa(forward: Any) -> bool:
+    """Whether a `forward` calls `scaled_dot_product_attention`."""
     return "scaled_dot_product_attention" in forward.__code__.co_names
 
 
@@ -50,41 +60,36 @@ class PrefixMode(TorchFunctionMode):
     """Puts a prefix into the torch functions that an attention calls.
 
     Args:
-        source (`PrefixSource`): What gives the prefix.
-        attention (`str`): What errors call the attention.
+        current (`Attending`): The pass of the attention that the prefix is for.
     """
 
     implementation: str
     """What transformers calls an attention that does the same."""
 
-    def __init__(self, source: PrefixSource, attention: str) -> None:
+    expected: str
+    """What the attention has to do."""
+
+    def __init__(self, current: Attending) -> None:
         super().__init__()
-        self.source = source
-        self.attention = attention
-        self.is_done = False
+        self.attending = current
+        self.source = current.source
+        self.attention = current.attention
 
 
 class SdpaMode(PrefixMode):
     """Puts a prefix into the call of `scaled_dot_product_attention` that an attention makes."""
 
     implementation = "sdpa"
+    expected = "called scaled_dot_product_attention (timm: set fused_attn=True)"
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or self.is_done:
+        if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        self.is_done = True
+        self.attending.is_done = True
         return self._attend(*args, **kwargs)
-
-    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
-        super().__exit__(exc_type, exc_value, traceback)
-        if exc_type is None and not self.is_done:
-            raise RuntimeError(
-                f"{self.attention} has not called scaled_dot_product_attention, so that its "
-                "prompts had no effect. Let it: for timm, fused_attn=True."
-            )
 
     def _attend(
         self,
@@ -127,9 +132,10 @@ class ProductsMode(PrefixMode):
     """
 
     implementation = "eager"
+    expected = "computed its attention as expected, by two products and a softmax"
 
-    def __init__(self, source: PrefixSource, attention: str) -> None:
-        super().__init__(source, attention)
+    def __init__(self, current: Attending) -> None:
+        super().__init__(current)
         self.normalized: list[torch.Tensor] = []
         self.own: torch.Tensor | None = None
         """The scores, later probabilities, of the sequence: (batch size, heads, length, length)."""
@@ -142,7 +148,7 @@ class ProductsMode(PrefixMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, name = kwargs or {}, func.__name__.strip("_")
-        if self.own is not None and not self.is_done and any(arg is self.own for arg in args):
+        if self.own is not None and not self.attending.is_done and any(arg is self.own for arg in args):
             return self._follow(func, name, args, kwargs)
         result = func(*args, **kwargs)
         if self.own is not None:
@@ -152,13 +158,6 @@ class ProductsMode(PrefixMode):
         elif name == "matmul" and args[0].dim() == 4 and result.shape[-2] == result.shape[-1]:
             self._start(args[0], args[1], result)
         return result
-
-    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
-        super().__exit__(exc_type, exc_value, traceback)
-        if exc_type is None and not self.is_done:
-            raise RuntimeError(
-                f"{self.attention} has not computed its attention as expected, so that its prompts had no effect."
-            )
 
     def _is_normalized(self, tensor: torch.Tensor) -> bool:
         return any(tensor is other for other in self.normalized)
@@ -188,7 +187,7 @@ class ProductsMode(PrefixMode):
         elif name == "dropout":
             self.prefixed = func(self.prefixed, *args[1:], **kwargs)
         elif name == "matmul" and args[0] is self.own:
-            self.is_done = True
+            self.attending.is_done = True
             return result + self.prefixed @ self.values
         elif name not in ADDING | RESHAPING:
             raise RuntimeError(

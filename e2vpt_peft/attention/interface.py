@@ -3,7 +3,8 @@
 transformers routes self-attention through `ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation,
 ...)`, so that no code of any model has to be rewritten. The stations of one forward call:
 
-1. The tuner layer's `forward` calls the attention that it wraps.
+1. The tuner layer's `forward` calls the attention that it wraps. Around that, an
+   [`~e2vpt_peft.attention.prefix.Attending`] waits to hear that the prefix was used.
 2. The attention reads `self.config._attn_implementation`. Its `config` has been replaced by a [`PrefixedConfig`], a
    view of the real one, which asks the layer whether the running pass has a prefix (`has_prefix`).
 3. If it has none, the view gives the model's own setting, and the pass is that of the bare backbone.
@@ -19,7 +20,6 @@ transformers routes self-attention through `ALL_ATTENTION_FUNCTIONS.get_interfac
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .flex import avoid_faulty_head_size
 from .mask import extend_mask
-from .prefix import PrefixSource, WayIn, prepend
+from .prefix import PrefixSource, WayIn, attending, prepend
 
 PREFIX_ATTENTION = "e2vpt_prefix"
 """The name of [`prefix_attention`] in transformers' attention interface."""
@@ -42,17 +42,28 @@ class ThroughInterface(WayIn):
 
     Args:
         eager (`Callable`): The eager attention function that the architecture passes to the interface.
+        attention (`str`): What errors call the attention.
     """
 
-    def __init__(self, eager: Callable[..., Any]) -> None:
+    expected = "called transformers' attention interface by the name in self.config._attn_implementation"
+
+    def __init__(self, eager: Callable[..., Any], attention: str) -> None:
         self.eager = eager
+        self.attention = attention
 
     def attach(self, attention: nn.Module, source: PrefixSource) -> None:
-        attention.config = PrefixedConfig(source.config, source, self.eager)  # type: ignore[assignment]
+        attention.config = PrefixedConfig(attention.config, source, self.eager)  # type: ignore[assignment]
 
     def detach(self, attention: nn.Module) -> None:
+        attention.config = self.config(attention)
+
+    def config(self, attention: nn.Module) -> Any:
+        config: Any = attention.config
+        return config._config if isinstance(config, PrefixedConfig) else config
+
+    def set_config(self, attention: nn.Module, config: Any) -> None:
         view: Any = attention.config
-        attention.config = view._config
+        view._config = config
 
     def implementation(self, config: Any) -> str:
         implementation: str = config._attn_implementation
@@ -126,12 +137,17 @@ def prefix_attention(
     if implementation == "flex_attention":
         query, key, kwargs["scaling"] = avoid_faulty_head_size(query, key, kwargs.get("scaling"))
     attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, view._eager)
-    return attend(source, query, key, value, attention_mask, **kwargs)
+    current = attending(source)
+    if current is None:  # the wrapped attention was called by itself
+        return attend(source, query, key, value, attention_mask, **kwargs)
+    current.is_done = current.hands_over = True
+    result = attend(source, query, key, value, attention_mask, **kwargs)
+    current.hands_over = False
+    return result
 
 
-def eager_attention_of(module: nn.Module) -> Callable[..., Any] | None:
-    """The eager attention function that a module passes to the attention interface; `None` if it calls no such."""
-    forward = inspect.unwrap(type(module).forward)
+def eager_attention_of(forward: Any) -> Callable[..., Any] | None:
+    """The eager attention function that a `forward` passes to the attention interface; `None` if it calls no such."""
     # By the names in its bytecode: the call itself may come after branches that depend on the inputs.
     names = forward.__code__.co_names
     if "get_interface" not in names:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -41,8 +44,80 @@ class PrefixSource(Protocol):
         """The prefix of the running forward pass, for a batch size and a type of the attention."""
 
 
+class _ThisThread(threading.local):
+    """A thread-local object rather than a context variable, because `torch.compile` traces the one and not the
+    other."""
+
+    def __init__(self) -> None:
+        self.attending: Attending | None = None
+
+
+_this_thread = _ThisThread()
+
+
+class Attending:
+    """A context: one forward pass of an adapted attention, which has to use its prefix.
+
+    Attention whose `forward`, class or config somebody has replaced would otherwise run as that of the bare backbone,
+    and nothing would say so.
+
+    Args:
+        source (`PrefixSource`): What gives the prefix.
+        attention (`str`): What errors call the attention.
+        expected (`str`): What the attention has to do, for errors: "has not ...".
+
+    Attributes:
+        is_done (`bool`): Whether the prefix was used. The way in sets it.
+        hands_over (`bool`): Whether the attention implementation is running that the prefix was handed over to.
+    """
+
+    def __init__(self, source: PrefixSource, attention: str, expected: str) -> None:
+        self.source, self.attention, self.expected = source, attention, expected
+        self.is_done = self.hands_over = False
+        self.outer: Attending | None = None
+
+    def __enter__(self) -> Attending:
+        self.outer = _this_thread.attending
+        _this_thread.attending = self
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        _this_thread.attending = self.outer
+        if kind is None:
+            self.check()
+
+    def check(self) -> None:
+        """Raise an error if the prefix was not used."""
+        if not self.is_done:
+            raise RuntimeError(
+                f"{self.attention} has not {self.expected}, so that its prompts had no effect. Probably its forward, "
+                "its class or its config was replaced: let the new one do that, or put the old one back, or run "
+                "without prompts in model.disable_adapter()."
+            )
+
+
+def attending(source: PrefixSource) -> Attending | None:
+    """The pass of the attention of this source that is running in this thread, if any."""
+    current = _this_thread.attending
+    return current if current is not None and current.source is source else None
+
+
+def is_traced_for_training(source: Any) -> bool:
+    """Whether `torch.compile` traces a training step. A layer that is checkpointed may then change nothing outside of
+    itself, so that nothing can be noted of a running pass."""
+    return torch.compiler.is_dynamo_compiling() and source.training and torch.is_grad_enabled()
+
+
 class WayIn:
-    """A way for prompts into one kind of attention. This one does nothing; the others say what they need."""
+    """A way for prompts into one kind of attention. This one does nothing; the others say what they need.
+
+    Attributes:
+        attention (`str`): What errors call the attention.
+        expected (`str`): What the attention has to do for its prefix to be used, for errors: "has not ...".
+    """
+
+    attention: str
+    expected: str
 
     def attach(self, attention: nn.Module, source: Any) -> None:
         """Have an attention take prompts from a source from now on."""
@@ -51,12 +126,32 @@ class WayIn:
         """Undo [`attach`]."""
 
     def running(self, source: Any) -> AbstractContextManager[Any]:
-        """For one forward pass of the attention."""
-        return nullcontext()
+        """For one forward pass of the attention, which raises a RuntimeError at its end if the prefix was not used.
+
+        Entered again in the same pass, it does nothing. A training step that `torch.compile` traces is not checked
+        where the way in does not see the prefix used by itself.
+        """
+        if is_traced_for_training(source) or attending(source) is not None or not source.has_prefix:
+            return nullcontext()
+        return Attending(source, self.attention, self.expected)
+
+    def config(self, attention: nn.Module) -> Any:
+        """The config that an attention would have without this way in, or `None`."""
+        return getattr(attention, "config", None)
+
+    def set_config(self, attention: nn.Module, config: Any) -> None:
+        """Give an attention another one."""
+        attention.config = config
 
     def implementation(self, config: Any) -> str:
         """The attention implementation, as transformers names it, that the prefix is handed over to."""
         raise NotImplementedError
+
+
+def forwards_of(module: nn.Module) -> list[Callable[..., Any]]:
+    """The functions that a module may run: the `forward` that somebody gave this one instance, then its class's."""
+    forwards = [inspect.unwrap(forward) for forward in (vars(module).get("forward"), type(module).forward) if forward]
+    return [forward for forward in forwards if hasattr(forward, "__code__")]
 
 
 def prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:

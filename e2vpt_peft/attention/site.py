@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -13,7 +14,8 @@ from torch import nn
 from .architectures import Architecture, architecture_of
 from .interception import PrefixMode, ProductsMode, SdpaMode, ThroughTorchFunctions, calls_sdpa
 from .interface import ThroughInterface, eager_attention_of
-from .prefix import WayIn
+from .prefix import WayIn, forwards_of
+from .quiet import quietly
 
 # How attention modules name their parts, for any architecture.
 KEY_PROJECTIONS = ("k_proj", "key", "k_lin")
@@ -95,7 +97,7 @@ class AttentionSite:
         norm = self.norm
         weight = getattr(norm, "weight", None)
         states = states.to(dtype if weight is None else weight.dtype)
-        return states if norm is None else norm(states)
+        return states if norm is None else quietly(norm, states)
 
     def project(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of normed states.
@@ -109,15 +111,16 @@ class AttentionSite:
         heads = (self.num_heads, self.head_size)
         key_projection, value_projection = self._part(self.key_projection), self._part(self.value_projection)
         if self.key_projection == self.value_projection:
-            _, keys, values = key_projection(normed).unflatten(-1, (3, *heads)).unbind(-3)
+            _, keys, values = quietly(key_projection, normed).unflatten(-1, (3, *heads)).unbind(-3)
         else:
-            keys, values = key_projection(normed).unflatten(-1, heads), value_projection(normed).unflatten(-1, heads)
+            keys = quietly(key_projection, normed).unflatten(-1, heads)
+            values = quietly(value_projection, normed).unflatten(-1, heads)
         if self.key_norm is not None:
             key_norm = self._part(self.key_norm)
             if isinstance(key_norm, nn.Identity) or key_norm.weight.numel() == self.head_size:
-                keys = key_norm(keys)
+                keys = quietly(key_norm, keys)
             else:  # over all heads together
-                keys = key_norm(keys.flatten(-2)).unflatten(-1, heads)
+                keys = quietly(key_norm, keys.flatten(-2)).unflatten(-1, heads)
         return keys, values
 
     def _part(self, name: str) -> Any:
@@ -184,11 +187,15 @@ def find_attention_site(
 
 
 def _find_way_in(name: str, attention: nn.Module, architecture: Architecture | None) -> WayIn:
-    eager = eager_attention_of(attention)
+    eager: Callable[..., Any] | None = None
     mode: type[PrefixMode] | None = None
-    if eager is None and calls_sdpa(attention) and getattr(attention, "fused_attn", True):  # which is timm's switch
-        mode = SdpaMode
-    elif eager is None and architecture is not None and architecture.written_out:
+    for forward in forwards_of(attention):
+        eager = eager_attention_of(forward)
+        if eager is None and calls_sdpa(forward) and getattr(attention, "fused_attn", True):  # which is timm's switch
+            mode = SdpaMode
+        if eager is not None or mode is not None:
+            break
+    if eager is None and mode is None and architecture is not None and architecture.written_out:
         mode = ProductsMode
     if eager is None and mode is None:
         raise NotAdaptable(
@@ -205,12 +212,13 @@ def _find_way_in(name: str, attention: nn.Module, architecture: Architecture | N
     inputs = inspect.signature(type(attention).forward).parameters.keys()
     if inputs & CROSS_ATTENTION_INPUTS:
         raise NotAdaptable(name, attention, "which is cross-attention: E2VPT needs self-attention.")
+    known_as = f"'{name}' ({type(attention).__name__})"
     if eager is None:
         assert mode is not None
-        return ThroughTorchFunctions(mode, type(attention).__name__)
+        return ThroughTorchFunctions(mode, known_as)
     if not hasattr(attention, "config"):
         raise NotAdaptable(name, attention, "which has no config.")
-    return ThroughInterface(eager)
+    return ThroughInterface(eager, known_as)
 
 
 def _first_attribute(module: nn.Module, names: tuple[str, ...]) -> str | None:

@@ -14,6 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from ..attention.interface import eager_attention_of
+from ..attention.prefix import forwards_of
 from ..attention.site import KEY_PROJECTIONS
 from ..config import E2VPTConfig
 from ..layer import E2VPTLayer
@@ -39,7 +40,7 @@ def former_names(model: nn.Module) -> dict[str, str]:
     names = {}
     for name, module in model.named_modules():
         attention = module.base_layer if isinstance(module, E2VPTLayer) else module
-        if name.endswith(".base_layer") or eager_attention_of(attention) is None:
+        if name.endswith(".base_layer") or not any(map(eager_attention_of, forwards_of(attention))):
             continue
         for projection in KEY_PROJECTIONS:
             if hasattr(attention, projection):

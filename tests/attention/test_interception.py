@@ -36,7 +36,9 @@ def test_the_prefix_is_left_out_when_adapters_are_disabled():
 def test_an_attention_that_goes_another_way_is_an_error(monkeypatch):
     model = adapt(Bare(), **CONFIG)
     monkeypatch.setattr(type(model.base_model.model.blocks[0].attn.base_layer), "forward", lambda self, x: x)
-    with pytest.raises(RuntimeError, match="BareAttention has not called scaled_dot_product_attention"):
+    with pytest.raises(
+        RuntimeError, match=r"'blocks.0.attn' \(BareAttention\) has not called scaled_dot_product_attention"
+    ):
         model(torch.randn(2, 5, 8))
 
 

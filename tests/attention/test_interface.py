@@ -142,7 +142,7 @@ def test_an_attention_that_is_detached_has_the_very_config_that_it_had():
     model = tiny_vit()
     attentions = [layer.attention for layer in model.vit.layers]
     configs = [attention.config for attention in attentions]
-    way_in = ThroughInterface(eager_attention_of(attentions[0]))
+    way_in = ThroughInterface(eager_attention_of(type(attentions[0]).forward), "'attention'")
 
     class Source:
         config, has_prefix = configs[0], False

@@ -86,7 +86,7 @@ def test_attention_that_loses_its_fusion_afterwards_is_an_error():
     model = adapt(make())
     for layer in adapted_layers(model).values():
         layer.base_layer.fused_attn = False
-    with pytest.raises(RuntimeError, match="Attention has not called scaled_dot_product_attention"):
+    with pytest.raises(RuntimeError, match=r"\(Attention\) has not called scaled_dot_product_attention"):
         model(images(2, 32))
 
 

@@ -34,7 +34,7 @@ def read_only():
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("size", [0, 300, 1500, 4500])
+@pytest.mark.parametrize("size", [0, 300, 1500, 3000])
 def test_saving_on_a_full_disk_leaves_the_adapter_saved_before(tmp_path, size):
     trainer = make_trainer(tmp_path / "out")
     trainer.save_model(str(tmp_path / "saved"))
@@ -43,7 +43,7 @@ def test_saving_on_a_full_disk_leaves_the_adapter_saved_before(tmp_path, size):
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.add_(1)
-    with full_disk(size), pytest.raises(Exception, match="File too large|I/O error|os error 27|write|iostream"):
+    with full_disk(size), pytest.raises(Exception, match="File too large|I/O error|os error 27|write|iostream|pos"):
         trainer.save_model(str(tmp_path / "saved"))
     assert contents(tmp_path / "saved") == before
     PeftModel.from_pretrained(tiny_vit(num_hidden_layers=2), tmp_path / "saved")
