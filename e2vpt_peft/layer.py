@@ -28,6 +28,19 @@ CANNOT_MERGE = (
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
 
+class Prompts(nn.ParameterDict):
+    """The prompts of one kind in one layer, by adapter. A forward pass gets them by a call, `prompts(adapter_name)`.
+
+    So whatever brings in parameters for a `forward` (accelerate, which offloads an adapted model) brings these.
+    """
+
+    __call__ = nn.Module.__call__  # which nn.ParameterDict refuses
+
+    def forward(self, adapter_name: str) -> torch.Tensor:
+        prompts: torch.Tensor = self[adapter_name]
+        return prompts
+
+
 class E2VPTLayer(nn.Module, BaseTunerLayer):
     """A self-attention module with the prompts of every adapter.
 
@@ -53,8 +66,8 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.site = site
         self.in_features = self.out_features = site.hidden_size  # of the hidden states, as every PEFT layer says
-        self.e2vpt_visual_prompts = nn.ParameterDict()
-        self.e2vpt_kv_prompts = nn.ParameterDict()
+        self.e2vpt_visual_prompts = Prompts()
+        self.e2vpt_kv_prompts = Prompts()
         self.adapter_configs: dict[str, E2VPTConfig] = {}
         # Where the parameters of prompts with pruned segments belong; made from the config, so not saved.
         self.kept_components = BufferDict(persistent=False)
@@ -160,7 +173,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
 
     def kept_prompts(self, adapter_name: str) -> torch.Tensor:
         """The visual prompts that are not pruned, (number, hidden size), with zeros in pruned segments."""
-        prompts: torch.Tensor = self.e2vpt_visual_prompts[adapter_name]
+        prompts: torch.Tensor = self.e2vpt_visual_prompts(adapter_name)
         if prompts.dim() == 2:  # no segment is pruned, or whoever asks has put others in place of the parameter
             return prompts
         size = self._num_kept(adapter_name) * self.site.hidden_size
@@ -209,11 +222,12 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         samples = self._prompt_samples(batch_size)
         deep = {name: self._visual_prompts(name, samples) for name in adapters if self._has_deep_prompts(name)}
         projected = self._project(deep, dtype)
+        kv_prompts = {name: self._kv_prompts(name, samples) for name in adapters if name in self.e2vpt_kv_prompts}
+        parts = [[kind[name] for kind in (projected, kv_prompts) if name in kind] for name in adapters]
+        no_rows = next(rows[0][0] for rows in parts if rows)[:, :0]
         keys, values = [], []
-        for name in adapters:
-            rows = [projected[name]] if name in projected else []
-            rows += [self._kv_prompts(name, samples)] if name in self.e2vpt_kv_prompts else []
-            rows = rows or [self._no_rows(dtype)]
+        for rows in parts:
+            rows = rows or [(no_rows, no_rows)]
             dtype = rows[0][0].dtype
             keys.append(_cat([row[0].to(dtype) for row in rows]))
             values.append(_cat([row[1].to(dtype) for row in rows]))
@@ -243,13 +257,14 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         nothing = next(iter(prompts.values()))[:, :0]
         return route.gather([prompts.get(name, nothing) for name in adapters], batch_size)
 
-    def inserted_visibility(self, batch_size: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def inserted_visibility(
+        self, batch_size: int, device: torch.device
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Which of [`inserted_tokens`] each sample may see, and what is added to their attention scores, both (batch
         size, number), or `None` for all and for nothing."""
         current = self.passes.current
         if current.route is None:
             return None, None if current.token_bias is None else current.token_bias.expand(batch_size, -1)
-        device, _ = self._get_base_layer_device_and_dtype(self.base_layer)
         return current.route.visible(self._inserted_counts(), batch_size, device), None
 
     def _inserted_counts(self) -> list[int]:
@@ -293,7 +308,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
 
     def _kv_prompts(self, adapter_name: str, samples: int) -> KeysAndValues:
         """Keys and values, each (samples, number of prompts, heads, head size)"""
-        config, prompts = self.adapter_configs[adapter_name], self.e2vpt_kv_prompts[adapter_name]
+        config, prompts = self.adapter_configs[adapter_name], self.e2vpt_kv_prompts(adapter_name)
         parts = [prompts] if config.share_kv_prompts else list(prompts.unbind(0))
         parts = [
             self._drop(part.transpose(0, 1).expand(samples, -1, -1, -1), config.kv_prompt_dropout) for part in parts
@@ -332,11 +347,6 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         """
         keys, values = self._project({"": prompts[None]}, prompts.dtype)[""]
         return keys[0], values[0]
-
-    def _no_rows(self, dtype: torch.dtype) -> KeysAndValues:
-        device, _ = self._get_base_layer_device_and_dtype(self.base_layer)
-        empty = torch.empty(1, 0, self.site.num_heads, self.site.head_size, dtype=dtype, device=device)
-        return empty, empty
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> Any:
         # An attention has no weight of its own: prompts go where its key projection is.

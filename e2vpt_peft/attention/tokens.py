@@ -34,7 +34,9 @@ class TokenSource(Protocol):
     def inserted_tokens(self, batch_size: int) -> torch.Tensor:
         """The tokens, (batch size or 1, number, hidden size)."""
 
-    def inserted_visibility(self, batch_size: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def inserted_visibility(
+        self, batch_size: int, device: torch.device
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Which of them each sample may see, bool, and what is added to their scores, both (batch size, number)."""
 
 
@@ -207,7 +209,7 @@ class TokenInsertion(WayIn):
         """Keys and queries for the inserted tokens, of which each sample may see its own."""
         for source in sources:
             count = source.num_inserted_tokens()
-            visible, bias = source.inserted_visibility(hidden_states.shape[0])
+            visible, bias = source.inserted_visibility(hidden_states.shape[0], hidden_states.device)
             mask = extend_mask(
                 mask,
                 count,
