@@ -63,6 +63,9 @@ def describe_backbone(adapter: PromptedAdapter) -> dict[str, Any]:
     Of each parameter a weighted sum of its values is taken, as integers of their bits: exact, and on its device, at
     the speed of its memory.
     """
+    layers = [module for module in adapter.model.modules() if isinstance(module, E2VPTLayer)]
+    # What is pruned changes its size.
+    changing = {id(part) for layer in layers for part in (layer, *layer.children()) if part is not layer.base_layer}
     config = getattr(adapter.backbone, "config", None)
     fields = config.to_dict() if isinstance(config, PreTrainedConfig) else {}
     return {
@@ -73,8 +76,7 @@ def describe_backbone(adapter: PromptedAdapter) -> dict[str, Any]:
             [
                 (name, type(module).__qualname__, module.extra_repr())
                 for name, module in adapter.model.named_modules()
-                # What is pruned changes its size.
-                if not isinstance(module, (E2VPTLayer, torch.nn.ParameterDict))
+                if id(module) not in changing
             ]
         ),
         "weights": fingerprint(

@@ -59,7 +59,8 @@ def test_a_backbone_stays_the_same_while_its_adapter_changes() -> None:
     model = adapted()
     before = backbone(model)
     assert backbone(adapted(seed=5)) == before
-    prune_prompts(model, token_mask=[True, False, True, True])
+    segment_mask = [[True] * 4] * 3 + [[True, False, True, True]]
+    prune_prompts(model, token_mask=[True, False, True, True], segment_mask=segment_mask)
     wrapper = model.base_model.model.classifier
     with torch.no_grad():
         for module in (wrapper.original_module, wrapper.modules_to_save["default"]):

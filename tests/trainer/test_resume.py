@@ -151,6 +151,15 @@ def test_resuming_a_finished_search_gives_its_result_at_once(tmp_path):
     assert second == first
 
 
+def test_a_trainer_that_has_finished_gives_its_result_again(tmp_path):
+    trainer = make_trainer(tmp_path, config=pruning(tolerance=9.0))
+    trainer.train()
+    before, results = taken(trainer.model), (tmp_path / "pruning_results.json").read_bytes()
+    trainer.train(resume_from_checkpoint=True)
+    assert (tmp_path / "pruning_results.json").read_bytes() == results
+    assert all(torch.equal(value, before[name]) for name, value in taken(trainer.model).items())
+
+
 def test_resuming_where_nothing_is_starts_a_search(tmp_path):
     assert make_trainer(tmp_path).train(resume_from_checkpoint=True).global_step == 40
 
