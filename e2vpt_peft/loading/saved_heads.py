@@ -12,13 +12,7 @@ from torch import nn
 from ..config import E2VPTConfig
 from ..saved_weights import INSIDE_WRAPPERS, NOTHING_LOADED, PEFT_PREFIX, SavedWeights, is_prompt, some
 from .compatibility import matching_modules
-
-HEADS_OF_TASKS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-"""What PEFT adds to the `modules_to_save` of these tasks, if the model has it."""
+from .saved_modules import HEADS_OF_TASKS
 
 Shape = tuple[int, ...]
 
@@ -57,7 +51,7 @@ def check_heads(saved: SavedWeights, config: E2VPTConfig, model: nn.Module) -> N
     Raises:
         ValueError: Weights are missing, unknown or of other sizes.
     """
-    endings = [*(config.modules_to_save or ()), *HEADS_OF_TASKS.get(config.task_type or "", ())]
+    endings = [*(config.modules_to_save or ()), *HEADS_OF_TASKS.get(config.task_type, ())]
     shapes: dict[str, Shape] = {}
     for name, module in matching_modules(model, endings).items():
         original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module

@@ -14,12 +14,12 @@ from torch import nn
 from ..config import E2VPTConfig
 from ..layer import E2VPTLayer
 
-NAMES_OF_TASKS: dict[str | None, tuple[str, ...]] = {
+HEADS_OF_TASKS: dict[str | None, tuple[str, ...]] = {
     TaskType.SEQ_CLS: ("classifier", "score"),
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
-"""What PEFT puts into `modules_to_save` by itself, whether or not the model has it."""
+"""What PEFT adds to the `modules_to_save` of these tasks, if the model has it."""
 
 
 def check_saved_modules_exist(config: E2VPTConfig, model: nn.Module, targets: Collection[str]) -> None:
@@ -35,7 +35,7 @@ def check_saved_modules_exist(config: E2VPTConfig, model: nn.Module, targets: Co
     """
     names = [_name_when_adapted(name, targets) for name, _ in model.named_modules() if name]
     for wanted in config.modules_to_save or []:
-        if wanted in NAMES_OF_TASKS.get(config.task_type, ()) or any(name.endswith(wanted) for name in names):
+        if wanted in HEADS_OF_TASKS.get(config.task_type, ()) or any(name.endswith(wanted) for name in names):
             continue
         heads = [name for name, child in model.named_children() if _is_outside(child, name, targets)]
         endings = {".".join(name.split(".")[-1 - wanted.count(".") :]) for name in names}
@@ -61,7 +61,7 @@ def warn_of_new_head(model: nn.Module, configs: Iterable[PeftConfig]) -> None:
     if not re.search("For[A-Z]", type(model).__name__) or not any(map(_is_loaded, model.parameters())):
         return
     saved = {name for config in configs for name in getattr(config, "modules_to_save", None) or []}
-    saved.update(name for config in configs for name in NAMES_OF_TASKS.get(config.task_type, ()))
+    saved.update(name for config in configs for name in HEADS_OF_TASKS.get(config.task_type, ()))
     new = [name for name, child in model.named_children() if _is_new(child) and not name.endswith(tuple(saved))]
     if new:
         warnings.warn(
