@@ -16,6 +16,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,8 @@ class Augmented(torch.utils.data.Dataset[dict[str, Any]]):
 
 def child(work: Callable[[], None]) -> int:
     """Start a process that does this and ends."""
+    # A signal that comes before the child is ready for it would take the child through the code of its parent.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     process = os.fork()
     if process == 0:
         interrupted = []
@@ -92,6 +95,7 @@ def child(work: Callable[[], None]) -> int:
         for stream in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             torch.set_num_threads(1)
             work()
             os._exit(0)
@@ -101,6 +105,7 @@ def child(work: Callable[[], None]) -> int:
             traceback.print_exc(file=errors)
             errors.flush()
             os._exit(1)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     return process
 
 
@@ -193,14 +198,17 @@ def kill_searches(folder: Path, kills: int, randomness: random.Random) -> dict[s
     while phases.total() < kills:
         name = list(SEARCHES)[searches.total() % len(SEARCHES)]
         target = folder / name / str(searches[name])
-        while True:
+        run: Callable[[], None] = partial(search, target, name)
+        while phases.total() < kills:
             by = randomness.choice(SIGNALS)
             wait = randomness.uniform(0, 0.3 * seconds[name])
-            if not killed_after(wait, lambda: search(target, name), by=by):  # noqa: B023  (used at once)
+            if not killed_after(wait, run, by=by):
                 break
             phases[phase_of(target)] += 1
             signals[by.name] += 1
             files += check_whole(target)
+        else:
+            ended(child(run))
         check_same(target, folder / name / "undisturbed")
         searches[name] += 1
         print(name, phases.total(), "kills, the same", flush=True)
