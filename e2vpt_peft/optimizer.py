@@ -15,18 +15,18 @@ def create_optimizer(
     model: nn.Module,
     optimizer_cls: type[Optimizer] = AdamW,
     *,
-    lr: float = 1e-3,
-    visual_prompt_lr_ratio: float = 10.0,
-    kv_prompt_lr_ratio: float = 100.0,
+    lr: float = 3e-3,
+    visual_prompt_lr_ratio: float = 1.0,
+    kv_prompt_lr_ratio: float = 10.0,
     weight_decay: float = 0.0,
     **kwargs: Any,
 ) -> Optimizer:
     """Make an optimizer for an adapted model, with a learning rate for each kind of prompt.
 
-    An optimizer like Adam moves every number by about its learning rate, whatever it is. Weights of a head change by
-    hundredths; visual prompts, of which only the direction counts, start at a size of about 0.1; key-value prompts
-    start there as well, but have to reach the size of the backbone's keys and values, which is 1 and more. So with a
-    rate that suits the head, prompts hardly move.
+    An optimizer like Adam moves every number by about its learning rate, whatever the size of the number. Visual
+    prompts pass a norm, after which only their direction counts, and do well with the rate of a head. Key-value prompts
+    start at the paper's small values and have to grow to the size of the backbone's own keys and values before they
+    matter: they need about ten times as much.
 
     | parameters | learning rate | weight decay |
     |---|---|---|
@@ -40,9 +40,9 @@ def create_optimizer(
     Args:
         model (`nn.Module`): The adapted model, a [`~peft.PeftModel`] or not. Frozen parameters are left out.
         optimizer_cls (`type[torch.optim.Optimizer]`, defaults to `torch.optim.AdamW`): The optimizer.
-        lr (`float`, defaults to `1e-3`): The learning rate of all that is no prompt.
-        visual_prompt_lr_ratio (`float`, defaults to `10.0`): By how much that of visual prompts is larger.
-        kv_prompt_lr_ratio (`float`, defaults to `100.0`): By how much that of key-value prompts is larger.
+        lr (`float`, defaults to `3e-3`): The learning rate of all that is no prompt.
+        visual_prompt_lr_ratio (`float`, defaults to `1.0`): How many times that rate visual prompts have.
+        kv_prompt_lr_ratio (`float`, defaults to `10.0`): How many times that rate key-value prompts have.
         weight_decay (`float`, defaults to `0.0`): Of what decays.
         **kwargs: Those of the optimizer.
 
@@ -58,7 +58,7 @@ def create_optimizer(
 
         ```py
         >>> model = get_peft_model(vit, E2VPTConfig(modules_to_save=["classifier"]))
-        >>> trainer = Trainer(model, args, train_dataset=train, optimizers=(create_optimizer(model, lr=1e-3), None))
+        >>> trainer = Trainer(model, args, train_dataset=train, optimizers=(create_optimizer(model, lr=3e-3), None))
         ```
 
         Pruning replaces parameters, so that an [`E2VPTTrainer`] makes its optimizers itself, see
@@ -100,7 +100,7 @@ class PromptOptimizerFactory:
     Example:
 
         ```py
-        >>> trainer = E2VPTTrainer(..., optimizer_cls_and_kwargs=(PromptOptimizerFactory, {"lr": 1e-3}))
+        >>> trainer = E2VPTTrainer(..., optimizer_cls_and_kwargs=(PromptOptimizerFactory, {"lr": 3e-3}))
         ```
     """
 

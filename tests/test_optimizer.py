@@ -92,7 +92,7 @@ def test_a_loaded_adapter_that_cannot_be_trained_is_refused(tmp_path):
 def test_trainer_takes_it(tmp_path):
     model = adapted()
     before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = create_optimizer(model, lr=1e-3)
+    optimizer = create_optimizer(model, lr=3e-3)
     Trainer(model, arguments(tmp_path, max_steps=1), train_dataset=TRAIN, optimizers=(optimizer, None)).train()
     assert not [name for name, p in model.named_parameters() if name in before and torch.equal(p, before[name])]
 
