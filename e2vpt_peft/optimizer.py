@@ -24,9 +24,9 @@ def create_optimizer(
     """Make an optimizer for an adapted model, with a learning rate for each kind of prompt.
 
     An optimizer like Adam moves every number by about its learning rate, whatever the size of the number. Visual
-    prompts pass a norm, after which only their direction counts, and do well with the rate of a head. Key-value prompts
-    start at the paper's small values and have to grow to the size of the backbone's own keys and values before they
-    matter: they need about ten times as much.
+    prompts pass a norm, after which only their direction counts, and do well with the rate of a head. Key-value
+    prompts start at the paper's small values and have to grow to the size of the backbone's own keys and values before
+    they matter: they need about ten times as much.
 
     | parameters | learning rate | weight decay |
     |---|---|---|
