@@ -28,6 +28,7 @@ class Optimisation:
         learning_rate, weight_decay (`float`): Of all trainable parameters; biases do not decay.
         epochs, batch_size (`int`): How long, and how many images a step. A tenth of the steps is warm-up, then cosine.
         seed (`int`): Of the order of images, dropout and cropping.
+        precision (`str`): See [`autocast`].
     """
 
     optimizer: str
@@ -36,6 +37,7 @@ class Optimisation:
     epochs: int
     batch_size: int
     seed: int
+    precision: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,12 @@ class Preprocessing:
         return self.normalise(pixels[..., start : start + self.size, start : start + self.size])
 
 
-def precision(device: torch.device) -> AbstractContextManager[None]:
-    """bfloat16 on a GPU, float32 on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+PRECISIONS = ("float32", "bfloat16")
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """Run a model in one of [`PRECISIONS`]; its weights are float32 either way."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def train(
@@ -98,7 +103,7 @@ def train(
         model.train()
         for chosen in torch.randperm(len(images)).to(device).split(how.batch_size):
             pixels = preprocessing.for_training(images.pixels[chosen])
-            with precision(device):
+            with autocast(device, how.precision):
                 logits = model(pixel_values=pixels).logits
             F.cross_entropy(logits.float(), images.labels[chosen]).backward()
             optimizer.step()
@@ -127,12 +132,12 @@ def batches(images: Images, preprocessing: Preprocessing) -> Iterator[dict[str, 
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, images: Images, preprocessing: Preprocessing) -> float:
+def accuracy(model: nn.Module, images: Images, preprocessing: Preprocessing, precision: str = "float32") -> float:
     """The share of images that are classified correctly."""
     model.eval()
     right = torch.zeros((), device=images.labels.device)
     for batch in batches(images, preprocessing):
-        with precision(images.labels.device):
+        with autocast(images.labels.device, precision):
             logits = model(pixel_values=batch["pixel_values"]).logits
         right += (logits.argmax(1) == batch["labels"]).sum()
     return float(right) / len(images)
@@ -157,13 +162,13 @@ class Logits:
 
 
 @torch.no_grad()
-def features(model: nn.Module, images: Images, preprocessing: Preprocessing) -> Images:
+def features(model: nn.Module, images: Images, preprocessing: Preprocessing, precision: str = "float32") -> Images:
     """What the head reads of each image, in place of its pixels."""
     model.eval()
     found: list[torch.Tensor] = []
     hook = model.get_submodule(HEAD).register_forward_pre_hook(lambda head, inputs: found.append(inputs[0].float()))
     for batch in batches(images, preprocessing):
-        with precision(images.labels.device):
+        with autocast(images.labels.device, precision):
             model(pixel_values=batch["pixel_values"])
     hook.remove()
     return Images(torch.cat(found), images.labels)
