@@ -250,6 +250,20 @@ def test_training_repeats_and_changes_trainable_parameters_alone(plan: Any, colo
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
+@pytest.mark.parametrize("ratio", [None, 4.0])
+def test_key_value_prompts_have_the_rate_of_the_method(ratio: Any, plan: Any, colours: Any, tmp_path: Path) -> None:
+    bench = protocol.Bench(colours, plan, records.Store(tmp_path / "out.jsonl"))
+    method = methods.e2vpt(kv_lr_ratio=ratio)
+    trial = protocol.Trial(method, "validation", 0.5, 0.1, 0, None, 1)
+    model = bench.build(method, seed=0)
+    optimizer = training.make_optimizer(model, bench.optimisation(trial), torch.device("cpu"))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len([p for p in model.parameters() if p.requires_grad])
+    for name, rate in rates.items():
+        assert rate == (0.5 * (ratio or 1) if "e2vpt_kv_prompts" in name else 0.5), name
+
+
 def test_probe_on_features_agrees_with_the_whole_model(plan: Any, colours: Any, tmp_path: Path) -> None:
     bench = protocol.Bench(colours, plan, records.Store(tmp_path / "out.jsonl"))
     model = bench.build_backbone(0).eval()
