@@ -92,7 +92,7 @@ def preprocess(processor: Any, batch: dict[str, list], augmentation: float = 0.0
 
 
 def load_backbone(model: str, label: ClassLabel, seed: int) -> PreTrainedModel:
-    """The pretrained model with a new head for the labels, initialised from the seed."""
+    """The pretrained model in float32, with a new head for the labels, initialised from the seed."""
     set_seed(seed)
     return AutoModelForImageClassification.from_pretrained(
         model,
@@ -100,4 +100,5 @@ def load_backbone(model: str, label: ClassLabel, seed: int) -> PreTrainedModel:
         id2label=dict(enumerate(label.names)),
         label2id={name: index for index, name in enumerate(label.names)},
         ignore_mismatched_sizes=True,
+        dtype=torch.float32,
     )

@@ -2,6 +2,8 @@
 
     python -m examples.benchmarks.compare --data_dir DATA --out results/mini.jsonl         # all methods on `mini`
     python -m examples.benchmarks.compare --compare components --out results/parts.jsonl   # one of the ablations
+    python -m examples.benchmarks.compare --suite photos --data_dir PHOTOS --recipe modern --epochs 20 \\
+        --model dinov2-small-focus --image_size 84 --out results/photos.jsonl
     python -m examples.benchmarks.compare --suite vtab --data_dir VTAB --recipe paper --epochs 100 \\
         --seeds 42 44 82 100 800 --model google/vit-base-patch16-224-in21k --out results/vtab.jsonl
 
@@ -33,7 +35,8 @@ from .accuracy.engines import ENGINES, Workers, be_quiet, start
 from .accuracy.methods import Method, choose
 from .accuracy.protocol import RECIPES, Bench, Engine, Plan, split_work
 from .accuracy.records import Record, Store, key
-from .accuracy.tasks import Task, select, suite
+from .accuracy.tasks import SUITES, Task, select, suite
+from .accuracy.training import PRECISIONS
 
 
 @dataclass
@@ -41,7 +44,7 @@ class Arguments:
     """Options of the comparison."""
 
     out: str = field(metadata={"help": "File of results, JSON lines. What it has is not run again."})
-    suite: str = field(default="mini", metadata={"help": "Tasks: mini, vtab or fgvc."})
+    suite: str = field(default="mini", metadata={"help": f"Tasks: {', '.join(SUITES)}."})
     data_dir: str | None = field(default=None, metadata={"help": "Folder with a folder for each task."})
     tasks: list[str] | None = field(default=None, metadata={"help": "Only these tasks of the suite."})
     leave_out: list[str] = field(
@@ -55,10 +58,35 @@ class Arguments:
         default="quick",
         metadata={
             "help": (
-                "quick: AdamW, five learning rates around each method's own, four candidates for pruning. paper: SGD, "
-                "ten learning rates by four weight decays, 81 candidates."
+                "quick: AdamW, five learning rates around each method's own, four candidates for pruning. modern: "
+                "AdamW, six trials by successive halving, the length is searched, too, and images are normalised as "
+                "in pretraining. paper: SGD, ten learning rates by four weight decays, 81 candidates."
             )
         },
+    )
+    factors: list[float] = field(
+        default_factory=list,
+        metadata={"help": "Other learning rates than the recipe's, as multiples of each method's own."},
+    )
+    search_epochs: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": (
+                "Other lengths of the trainings of the search than the recipe's: all have the fewest epochs, the "
+                "better third the next, and so on."
+            )
+        },
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Height and width of the input, if not the backbone's own: positions are resized to it."},
+    )
+    precision: str = field(
+        default="auto", metadata={"help": f"{', '.join(PRECISIONS)}, or auto: bfloat16 on a GPU, float32 on a CPU."}
+    )
+    attention: str | None = field(
+        default=None,
+        metadata={"help": "transformers' attn_implementation. On a CPU, eager trains short sequences faster."},
     )
     epochs: int = field(default=50, metadata={"help": "Epochs of every training."})
     batch_size: int = field(default=64, metadata={"help": "Images per step."})
@@ -97,11 +125,18 @@ class Arguments:
             ("compare", self.compare, ABLATIONS),
             ("recipe", self.recipe, RECIPES),
             ("engine", self.engine, [None, *ENGINES]),
+            ("precision", self.precision, ["auto", *PRECISIONS]),
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(filter(None, allowed))}.")
         if not self.seeds:
             raise ValueError("seeds is empty: give at least one.")
+        if self.factors and not RECIPES[self.recipe].factors:
+            raise ValueError(
+                f"factors={self.factors} cannot be given with recipe={self.recipe!r}: its rates are fixed."
+            )
+        if any(not 1 <= epochs <= self.epochs for epochs in self.search_epochs):
+            raise ValueError(f"search_epochs={self.search_epochs} must be from 1 to {self.epochs}, which is epochs.")
         if self.processes < 1:
             raise ValueError(f"processes={self.processes} must be 1 or more.")
         for name in ("address", "gpus_per_training"):
@@ -114,6 +149,8 @@ class Arguments:
                 raise ValueError(
                     f"grace_epochs={self.grace_epochs} must be from 1 to {self.epochs - 1}, one less than epochs."
                 )
+            if self.search_epochs or len(RECIPES[self.recipe].lengths) > 1:
+                raise ValueError(f"grace_epochs={self.grace_epochs} cannot be given with a search by lengths.")
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -177,6 +214,11 @@ def main(argv: list[str] | None = None) -> list[Record]:
         tuple(args.seeds),
         device,
         args.grace_epochs,
+        args.image_size,
+        args.precision if args.precision != "auto" else "bfloat16" if device == "cuda" else "float32",
+        args.attention,
+        tuple(args.factors),
+        tuple(args.search_epochs),
     )
     tasks = select(suite(args.suite, args.data_dir), args.tasks, args.leave_out)
     methods = choose(ABLATIONS[args.compare], args.methods)

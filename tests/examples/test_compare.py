@@ -6,6 +6,8 @@ import copy
 import json
 import math
 import pickle
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,20 @@ def test_suites_hold_the_papers_tasks() -> None:
     assert len(tasks.select(vtab, None, ["cifar100"])) == 18
 
 
+def test_photos_are_eight_data_sets_and_the_drawn_tasks(tmp_path: Path) -> None:
+    photos = tasks.suite("photos", "data")
+    assert [sum(task.group == group for task in photos) for group in tasks.GROUPS[:3]] == [4, 4, 4]
+    with pytest.raises(ValueError, match="suite='photos' needs data_dir"):
+        tasks.suite("photos", None)
+    with pytest.raises(ValueError, match="suite='photo' must be one of mini, photos, vtab, fgvc"):
+        tasks.suite("photo", "data")
+    gtsrb = next(task for task in photos if task.name == "gtsrb")
+    parquet(tmp_path / "gtsrb")
+    splits = data.load(gtsrb, str(tmp_path), 16)
+    check_splits(splits, (12, 3, 6), 16)
+    assert splits.both.labels.tolist() == [index % CLASSES for index in range(15)], "in the order of the file"
+
+
 # Drawn tasks
 
 
@@ -191,6 +207,8 @@ TRAINABLE = {
     "VPT-Shallow": 10 * HIDDEN,
     "VPT-Deep": PROMPTS["visual"],
     "E²VPT": PROMPTS["visual"] + PROMPTS["kv"],
+    "E²VPT, pruned": LAYERS * 7 * HIDDEN // 2 + PROMPTS["kv"],
+    "E²VPT, more prompts": LAYERS * (50 + 2 * 20) * HIDDEN,
 }
 
 
@@ -204,7 +222,6 @@ def test_every_method_trains_what_it_should(plan: Any, colours: Any, tmp_path: P
         adapted = found["trainable"] - found["head"]
         if method.name in TRAINABLE:
             assert adapted == TRAINABLE[method.name], method.name
-    assert adapted == LAYERS * 7 * HIDDEN // 2 + PROMPTS["kv"], "the last one is pruned"
 
     model = bench.build_backbone(0)
     everything = {name: p.numel() for name, p in model.named_parameters()}
@@ -231,6 +248,20 @@ def test_training_repeats_and_changes_trainable_parameters_alone(plan: Any, colo
     first, again, other = models
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("ratio", [None, 4.0])
+def test_key_value_prompts_have_the_rate_of_the_method(ratio: Any, plan: Any, colours: Any, tmp_path: Path) -> None:
+    bench = protocol.Bench(colours, plan, records.Store(tmp_path / "out.jsonl"))
+    method = methods.e2vpt(kv_lr_ratio=ratio)
+    trial = protocol.Trial(method, "validation", 0.5, 0.1, 0, None, 1)
+    model = bench.build(method, seed=0)
+    optimizer = training.make_optimizer(model, bench.optimisation(trial), torch.device("cpu"))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len([p for p in model.parameters() if p.requires_grad])
+    for name, rate in rates.items():
+        assert rate == (0.5 * (ratio or 1) if "e2vpt_kv_prompts" in name else 0.5), name
 
 
 def test_probe_on_features_agrees_with_the_whole_model(plan: Any, colours: Any, tmp_path: Path) -> None:
@@ -260,6 +291,16 @@ def test_names_are_unique_and_searches_exist(name: str) -> None:
     assert len(set(names)) == len(names)
     assert {method.same_search for method in variants} - {None} <= set(names)
     assert len(pickle.loads(pickle.dumps(variants))) == len(variants), "they travel to other processes"
+
+
+def test_what_is_the_same_has_one_name_in_all_tables() -> None:
+    names: dict[str, set[str]] = {}
+    for method in (method for variants in ablations.ABLATIONS.values() for method in variants):
+        if isinstance(method.adapt, partial) and method.adapt.func is methods.add_prompts:
+            options = {"num_visual_prompts": 10, "num_kv_prompts": 5, **method.adapt.keywords}
+            what = (sorted(options.items()), method.pruning, method.variants)
+            names.setdefault(str(what), set()).add(method.name)
+    assert all(len(found) == 1 for found in names.values()), "so that its trainings are shared"
 
 
 # Search, resuming, shards
@@ -311,20 +352,94 @@ def test_best_learning_rate_and_rates_are_chosen_by_validation(plan: Any, colour
         return {"accuracy": value, "trainable": size}
 
     bench.measure = measure
-    assert bench.search(method) == (0.009, 1e-4)
-    assert bench.search_rates(method, 0.009, 1e-4) == (0.3, 0.5), "of two that are as good, the smaller"
+    best = bench.search(method)
+    assert (best.learning_rate, best.weight_decay, best.epochs) == (0.009, 1e-4, 1)
+    assert bench.search_rates(best) == (0.3, 0.5), "of two that are as good, the smaller"
     tokens_alone = methods.e2vpt("tokens", methods.Pruning(segments=False), "E²VPT")
-    assert bench.search_rates(tokens_alone, 0.009, 1e-4) == (0.6, 0.0)
+    assert bench.search_rates(best._replace(method=tokens_alone)) == (0.6, 0.0)
     right[0.009] = 0.7
     fresh = protocol.Bench(colours, plan, records.Store(tmp_path / "fresh.jsonl"))
     fresh.measure = measure
-    assert fresh.search_rates(method, 0.009, 1e-4) == (0.0, 0.0), "no candidate is as good as unpruned"
+    assert fresh.search_rates(best) == (0.0, 0.0), "no candidate is as good as unpruned"
 
 
 def test_every_method_has_the_same_number_of_trials() -> None:
-    for recipe, number in (("quick", 5), ("paper", 40)):
+    for recipe, number in (("quick", 5), ("modern", 6), ("paper", 40)):
         assert {len(protocol.RECIPES[recipe].trials(method, 64)) for method in methods.METHODS} == {number}
-    assert protocol.RECIPES["paper"].trials(methods.METHODS[0], 64)[0] == (0.0125, 0.01)
+    assert protocol.RECIPES["paper"].trials(methods.METHODS[0], 64)[0][1:] == (0.0125, 0.01)
+
+
+def modern(plan: Any, **changes: Any) -> Any:
+    return protocol.Plan(**{**vars(plan), "recipe": "modern", "epochs": 8, **changes})
+
+
+def judged_by(table: dict[tuple[float, int], float], seen: list[Any]) -> Any:
+    """Instead of a training: its accuracy by learning rate and length."""
+
+    def measure(method: Any, part: str, how: Any, rates: Any) -> dict[str, Any]:
+        seen.append((how.learning_rate, how.epochs, part))
+        return {"accuracy": table.get((how.learning_rate, how.epochs), 0.0)}
+
+    return measure
+
+
+@pytest.mark.parametrize(
+    ("last", "search_epochs", "length"),
+    [(0.9, (), 8), (0.5, (), 4), (0.6, (), 4), (0.9, (2,), 8), (0.5, (2, 4), 8)],
+    ids=["longest best", "shorter better", "shortest of equals", "not reached", "not reached by two"],
+)
+def test_the_better_third_goes_on_and_the_best_length_is_taken(
+    last: float, search_epochs: Any, length: int, plan: Any, colours: Any, tmp_path: Path
+) -> None:
+    plan = modern(plan, search_epochs=search_epochs)
+    seen: list[Any] = []
+    bench = protocol.Bench(colours, plan, records.Store(tmp_path / "out.jsonl"))
+    table = {(0.003, 2): 0.5, (0.03, 2): 0.4, (0.3, 2): 0.3, (0.003, 4): 0.1, (0.03, 4): 0.6, (0.03, 8): last}
+    bench.measure = judged_by(table, seen)
+    bench.run(methods.e2vpt())
+    lengths = search_epochs or (2, 4, 8)
+    rates = [[0.0009, 0.003, 0.009, 0.03, 0.09, 0.3], [0.003, 0.03], [0.03]]
+    searched = [(rate, epochs, "validation") for epochs, tried in zip(lengths, rates) for rate in tried]
+    winner = 0.003 if len(lengths) == 1 else 0.03
+    assert seen == [*searched, *[(winner, length, "test")] * 2]
+
+
+def test_variants_are_searched_in_as_many_trials(plan: Any, colours: Any, tmp_path: Path) -> None:
+    (method,) = methods.choose(methods.METHODS, ["E²VPT, prompts searched"])
+    trials = protocol.RECIPES["modern"].trials(method, 8)
+    assert [variant.variant for variant, *_ in trials] == [{}, methods.MORE_PROMPTS] * 3
+    store = records.Store(tmp_path / "out.jsonl")
+    bench = protocol.Bench(colours, modern(plan, epochs=1, factors=(1.0, 3.0)), store)
+    found = bench.run(method)
+    searched = [r for r in store.known.values() if r["settings"]["part"] == "validation"]
+    assert [(r["settings"]["variant"], r["settings"]["learning_rate"]) for r in searched] == [
+        ({}, 0.01), (methods.MORE_PROMPTS, 0.03)
+    ]  # fmt: skip
+    best = max(searched, key=lambda record: record["accuracy"])
+    assert {str(r["settings"]["variant"]) for r in found} == {str(best["settings"]["variant"])}
+    sizes = [TRAINABLE["E²VPT"], TRAINABLE["E²VPT, more prompts"]]
+    assert [r["trainable"] - r["head"] for r in searched] == sizes, "each is what it says"
+
+
+def test_the_modern_recipe_normalises_as_in_pretraining(plan: Any) -> None:
+    task = tasks.paper_task("cifar100")
+    for recipe, mean in (("quick", 0.485), ("modern", 0.5)):
+        preprocessing = protocol.Trainings(task, protocol.Plan(**{**vars(plan), "recipe": recipe})).preprocessing
+        assert float(preprocessing.mean[0, 0]) == pytest.approx(mean)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recipe=paper", "--factors", "1"], "factors=[1.0] cannot be given with recipe='paper'"),
+        (["--epochs=4", "--search_epochs", "2", "5"], "search_epochs=[2, 5] must be from 1 to 4"),
+        (["--precision=float16"], "precision='float16' must be one of auto, float32, bfloat16"),
+        (["--recipe=modern", "--engine=ray", "--grace_epochs=1"], "grace_epochs=1 cannot be given with a search by"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        compare.main(["--out=out.jsonl", *options])
 
 
 def test_shards_share_out_all_work() -> None:
@@ -347,12 +462,13 @@ def test_accuracy_is_of_what_is_judged_and_training_accuracy_of_what_was_trained
     part: str, trained_on: str, plan: Any, colours: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = protocol.Trainings(colours, plan)
-    monkeypatch.setattr(protocol, "accuracy", lambda model, images, preprocessing: images)
+    monkeypatch.setattr(protocol, "accuracy", lambda model, images, *rest: images)
     (method,) = methods.choose(methods.METHODS, ["E²VPT"])
-    trial = protocol.Trial(method, part, 0.01, 0.0, 0, None)
+    trial = protocol.Trial(method, part, 0.01, 0.0, 0, None, 1)
     record = bench.measure(method, part, bench.optimisation(trial), None)
     assert record["accuracy"] is getattr(bench.splits, part)
-    assert record["training_accuracy"] is getattr(bench.splits, trained_on)
+    fit = getattr(bench.splits, trained_on) if part == "test" else None
+    assert record.get("training_accuracy") is fit, "a search has no use for it"
 
 
 # Tables
@@ -360,9 +476,17 @@ def test_accuracy_is_of_what_is_judged_and_training_accuracy_of_what_was_trained
 
 def line(task: str, group: str, method: str, seed: int, accuracy: float, **settings: Any) -> dict[str, Any]:
     common = {"part": "test", "learning_rate": 0.01, "rates": None}
-    common |= {"model": "m", "recipe": "quick", "epochs": 1, "batch_size": 8}
+    common |= {
+        "model": "m",
+        "recipe": "quick",
+        "epochs": 1,
+        "batch_size": 8,
+        "image_size": None,
+        "precision": "float32",
+    }
     known = {"task": task, "group": group, "method": method, "seed": seed}
-    return {"settings": common | known | settings, "accuracy": accuracy, "trainable": 30, "head": 10}
+    measured = {"accuracy": accuracy, "trainable": 30, "head": 10, "seconds": 600.0, "hardware": "CPU", "torch": "2"}
+    return {"settings": common | known | settings, **measured}
 
 
 def test_means_of_groups_and_of_tasks() -> None:
@@ -410,13 +534,14 @@ def test_unfinished_methods_have_no_means() -> None:
     assert summary.means == {} and summary.incomplete == [("b", 1)]
     finished = [line(task, "natural", "E²VPT", seed, 0.5) for task in "ab" for seed in (0, 1)]
     shown = tables.markdown(tables.summarise([*lines, *finished], ["LoRA", "E²VPT"]), ["a", "b"])
-    assert "| LoRA | 20 | 30 | not finished |" in shown
+    assert "| LoRA | 20 | 30 | 600 | not finished |" in shown
 
 
 def test_what_does_not_compare_is_refused() -> None:
-    lines = [line("a", "natural", "LoRA", seed, 0.5, epochs=seed) for seed in (1, 2)]
-    with pytest.raises(ValueError, match=r"several values of epochs: \[1, 2\]"):
-        tables.summarise(lines, ["LoRA"])
+    for name, values in (("epochs", (1, 2)), ("image_size", (84, None)), ("precision", ("float32", "bfloat16"))):
+        lines = [line("a", "natural", "LoRA", 0, 0.5, **{name: value}) for value in values]
+        with pytest.raises(ValueError, match=f"several values of {name}: {re.escape(str(list(values)))}"):
+            tables.summarise(lines, ["LoRA"])
 
 
 def test_learning_rates_at_the_edge_are_told() -> None:
@@ -435,4 +560,48 @@ def test_files_of_several_machines_are_read_together(tmp_path: Path) -> None:
         for record in lines:
             rest = {key: value for key, value in record.items() if key != "settings"}
             store.once(record["settings"], lambda rest=rest: rest)
-    assert records.read_all([tmp_path / "first.jsonl", tmp_path / "second.jsonl"]) == [one, other]
+    other_kind = tmp_path / "growth.jsonl"
+    other_kind.write_text('{"what": "cost"}\n', encoding="utf-8")
+    assert records.read_all([tmp_path / "first.jsonl", tmp_path / "second.jsonl", other_kind]) == [one, other]
+
+
+# Reports
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    """Two methods on two tasks, their searches, an ablation of one of them, and another backbone."""
+    main = [
+        line(task, "natural", method, seed, accuracy, part=part)
+        for method, accuracy in (("LoRA", 0.5), ("E²VPT", 0.6))
+        for part, tasks in (("validation", "ab"), ("test", "ab"))
+        for task in tasks
+        for seed in (0, 1)
+    ]
+    ablation = [line("a", "natural", "separate K and V", seed, 0.7) for seed in (0, 1)]
+    other = [line("a", "natural", "LoRA", 0, 0.9, model="other")]
+    for name, lines in (("main", main), ("ablation", [*ablation, main[-1]]), ("other", other)):
+        text = "".join(json.dumps(record) + "\n" for record in lines)
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return [str(tmp_path / f"{name}.jsonl") for name in ("main", "ablation", "other")]
+
+
+def test_a_report_counts_what_it_shows_once(files: list[str]) -> None:
+    first, second = report.main(files).split("\n\nTest accuracy")
+    assert "Backbone m," in first and "16 trainings, 2.7 hours" in first, "not the ablation, and the copy once"
+    assert "| LoRA | 90.0 |" not in first and "Backbone other," in second and "1 trainings" in second
+
+    text = report.main([*files, "--compare", "sharing", "--where", "task=a"])
+    assert "6 trainings, 1.0 hours" in text, "E²VPT and its search come from the other file"
+    assert "| separate K and V | 20 | 30 | 600 | 70.0 ± 0.0 |" in text and "not finished" not in text
+
+
+def test_where_chooses_results(files: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="choose those of one backbone and so on with --where"):
+        report.main([*files, f"--plot={tmp_path / 'plot.png'}"])
+    text = report.main([*files, "--where", "model=m", "task=a,b", f"--plot={tmp_path / 'plot.png'}"])
+    assert "Backbone m," in text and "other" not in text and (tmp_path / "plot.png").stat().st_size > 0
+    with pytest.raises(ValueError, match=r"where has task=c, but the results have \['a', 'b'\]"):
+        report.main([*files, "--where", "task=a,c"])
+    with pytest.raises(ValueError, match="where has tasks=a, but the results have no such setting"):
+        report.main([*files, "--where", "tasks=a"])

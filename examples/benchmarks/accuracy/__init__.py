@@ -1,6 +1,6 @@
 """The parts of `compare.py` and `report.py`: accuracy of methods on tasks, over seeds.
 
 `tasks` and `images` hold the data, `drawing` makes some of it, `methods` and `ablations` list what is compared,
-`training` trains one model once, `protocol` decides what to train, `records` keeps the results, `tables` and `plots`
-show them.
+`backbones` loads what is adapted, `training` trains one model once, `protocol` decides what to train, `records` keeps
+the results, `tables` and `plots` show them.
 """

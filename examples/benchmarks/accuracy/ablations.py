@@ -5,12 +5,27 @@ Where the default is one of the variants, it has the name it has among the metho
 
 from __future__ import annotations
 
+from typing import Any
+
 from e2vpt_peft.pruning import SCORING_METHODS
 
 from .methods import METHODS, Method, Pruning, choose, e2vpt
 
 TUNED = "E²VPT"
 VPT, E2VPT, PRUNED = choose(METHODS, ["VPT-Deep", TUNED, "E²VPT, pruned"])
+
+
+def visual(number: int) -> Method:
+    """E²VPT with another number of visual prompts."""
+    return e2vpt(f"{number} visual", num_visual_prompts=number)
+
+
+def key_value(number: int) -> Method:
+    """E²VPT with another number of key-value prompts."""
+    return e2vpt(f"{number} key-value", num_kv_prompts=number)
+
+
+KEY_VALUE: dict[str, Any] = {"num_visual_prompts": 0, "num_kv_prompts": 20, "share_kv_prompts": False}
 
 ABLATIONS: dict[str, tuple[Method, ...]] = {
     "methods": METHODS,
@@ -23,10 +38,16 @@ ABLATIONS: dict[str, tuple[Method, ...]] = {
         e2vpt("pruned, no rewinding", Pruning(rewind=False), TUNED),
         PRUNED,
     ),
-    "visual_prompts": tuple(e2vpt(f"{n} visual", num_visual_prompts=n) for n in (1, 5, 10, 20, 50)),
-    "kv_prompts": (VPT, *(e2vpt(f"{n} key-value", num_kv_prompts=n) for n in (1, 5, 10, 20))),
-    "same_size": (VPT, e2vpt("5 visual", num_visual_prompts=5), E2VPT),
+    "visual_prompts": tuple(E2VPT if n == 10 else visual(n) for n in (1, 5, 10, 20, 50)),
+    "kv_prompts": tuple(VPT if n == 0 else E2VPT if n == 5 else key_value(n) for n in (0, 1, 5, 10, 20)),
+    "same_size": (VPT, visual(5), E2VPT),
     "sharing": (E2VPT, e2vpt("separate K and V", share_kv_prompts=False)),
+    "rates": (
+        E2VPT,
+        e2vpt("20 separate key-value", **KEY_VALUE),
+        e2vpt("20 separate key-value, own rates", kv_lr_ratio=10, **KEY_VALUE),
+        *choose(METHODS, ["E²VPT, more prompts", "E²VPT, more prompts, own rates", "LoRA"]),
+    ),
     "initialisation": (E2VPT, e2vpt("truncated normal", init_weights="trunc_normal")),
     "dropout": (
         E2VPT,
@@ -35,7 +56,10 @@ ABLATIONS: dict[str, tuple[Method, ...]] = {
     ),
     "importance": (
         E2VPT,
-        *(e2vpt(f"importance: {name}", Pruning(importance=name), TUNED) for name in SCORING_METHODS),
+        *(
+            PRUNED if name == Pruning().importance else e2vpt(f"importance: {name}", Pruning(importance=name), TUNED)
+            for name in SCORING_METHODS
+        ),
     ),
 }
 """By the name for `--compare`."""

@@ -83,7 +83,7 @@ def load(task: Task, data_dir: str | None, size: int) -> Splits:
         elif task.layout == "digits":
             both, test = read_digits(size)
         else:
-            both, test = read_dataset(folder, size)
+            both, test = read_dataset(folder, size, shuffled=task.layout == "shuffled")
         both, test = both[: TRAIN_IMAGES + VALIDATION_IMAGES], test[:TEST_IMAGES]
         middle = len(both) * TRAIN_IMAGES // (TRAIN_IMAGES + VALIDATION_IMAGES)
         train, validation = both[:middle], both[middle:]
@@ -148,15 +148,20 @@ def read_digits(size: int) -> tuple[Images, Images]:
     return everything[:middle], everything[middle:]
 
 
-def read_dataset(folder: Path, size: int) -> tuple[Images, Images]:
-    """Parquet or image folders, split into `train` and `test`; only as many images as are needed are decoded."""
+def read_dataset(folder: Path, size: int, shuffled: bool = False) -> tuple[Images, Images]:
+    """Parquet or image folders, split into `train` and `test`; only as many images as are needed are decoded.
+
+    Files may be sorted by class, so that what is trained on is drawn at random, unless it has been `shuffled` before.
+    So is what is tested on, where there is more than is needed.
+    """
     splits = load_dataset(str(folder))
     if not {"train", "test"} <= set(splits):
         raise FileNotFoundError(f"{folder} needs a split 'train' and a split 'test', but has {', '.join(splits)}.")
     parts = []
     for name, number in (("train", TRAIN_IMAGES + VALIDATION_IMAGES), ("test", TEST_IMAGES)):
         data = splits[name].cast_column("image", Image(mode="RGB"))
-        if len(data) > number or name == "train":  # files may be sorted by class
+        as_it_is = shuffled if name == "train" else len(data) <= number
+        if not as_it_is:
             data = data.shuffle(seed=0)
         data = data.select(range(min(number, len(data))))
         parts.append(decode(data["image"], data["label"], size))

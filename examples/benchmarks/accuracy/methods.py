@@ -5,8 +5,8 @@ Visual prompt tuning (VPT) is E²VPT without key-value prompts, and is run as th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -43,6 +43,9 @@ class Method:
         pruning ([`Pruning`], *optional*): Prune the trained prompts and train again.
         same_search (`str`, *optional*): The method that differs in pruning alone, whose learning rate serves here.
         cached (`bool`): Only the head is trained, so that features are computed once.
+        variants (`tuple[Mapping]`): Options of `adapt` that are searched together with the learning rate.
+        variant (`Mapping`, *optional*): The one of them that this is.
+        kv_lr_ratio (`float`, *optional*): See [`training.Optimisation`].
     """
 
     name: str
@@ -51,10 +54,20 @@ class Method:
     pruning: Pruning | None = None
     same_search: str | None = None
     cached: bool = False
+    variants: tuple[Mapping[str, Any], ...] = ()
+    variant: Mapping[str, Any] | None = None
+    kv_lr_ratio: float | None = None
 
     @property
     def searched_as(self) -> str:
         return self.same_search or self.name
+
+    def each_variant(self) -> list[Method]:
+        """The method as each of its variants; itself if there are none."""
+        return [
+            replace(self, adapt=partial(self.adapt, **variant), variants=(), variant=variant)
+            for variant in self.variants
+        ] or [self]
 
 
 def train_parameters(model: PreTrainedModel, task: Task, endings: tuple[str, ...]) -> nn.Module:
@@ -82,11 +95,20 @@ def add_prompts(model: PreTrainedModel, task: Task, **options: Any) -> nn.Module
 
 
 def e2vpt(
-    name: str = "E²VPT", pruning: Pruning | None = None, same_search: str | None = None, **options: Any
+    name: str = "E²VPT",
+    pruning: Pruning | None = None,
+    same_search: str | None = None,
+    learning_rate: float = 3e-2,
+    kv_lr_ratio: float | None = None,
+    **options: Any,
 ) -> Method:
     """A variant of E²VPT."""
-    return Method(name, 3e-2, partial(add_prompts, **options), pruning, same_search)
+    adapt = partial(add_prompts, **options)
+    return Method(name, learning_rate, adapt, pruning, same_search, kv_lr_ratio=kv_lr_ratio)
 
+
+MORE_PROMPTS: dict[str, Any] = {"num_visual_prompts": 50, "num_kv_prompts": 20, "share_kv_prompts": False}
+"""About five times as many parameters as (10, 5) have."""
 
 METHODS = (
     Method("linear probe", 3e-2, partial(train_parameters, endings=()), cached=True),
@@ -109,6 +131,9 @@ METHODS = (
     e2vpt("VPT-Deep", num_kv_prompts=0),
     e2vpt("E²VPT"),
     e2vpt("E²VPT, pruned", pruning=Pruning(), same_search="E²VPT"),
+    e2vpt("E²VPT, more prompts", learning_rate=1e-2, **MORE_PROMPTS),
+    e2vpt("E²VPT, more prompts, own rates", learning_rate=1e-2, kv_lr_ratio=10, **MORE_PROMPTS),
+    replace(e2vpt("E²VPT, prompts searched", learning_rate=1e-2), variants=({}, MORE_PROMPTS)),
 )
 
 

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from random import Random
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from datasets import ClassLabel
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor
 
 from e2vpt_peft import PromptScores, prune_prompts, rewind_prompts, score_prompts
-from examples.data_and_backbone import HEAD, load_backbone
+from examples.data_and_backbone import HEAD
 
+from .backbones import build
 from .checkpoints import Checkpoints, Clock, History, Progress
 from .images import Images, Splits, load
 from .methods import Method, Pruning
-from .records import Record, Store
+from .records import PLAN, Record, Store
 from .tasks import PAPER, Task
 from .training import (
     Identity,
@@ -27,14 +28,14 @@ from .training import (
     Preprocessing,
     Probe,
     accuracy,
+    autocast,
     batches,
     features,
-    precision,
     train,
 )
 
 REDUCTION = 3
-"""At each rung of a search with early stopping, about one training in so many goes on."""
+"""At each rung of a search, about one training in so many goes on."""
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
@@ -53,6 +54,9 @@ class Recipe:
         weight_decays (`tuple[float]`): Weight decays.
         rates (`tuple[Rates]`): What to try to prune.
         unpruned (`bool`): Whether nothing is pruned if every candidate validates worse than the unpruned adapter.
+        lengths (`tuple[float]`): Successive halving: the trainings of the search have this part of all epochs, and
+            the better third of them is trained anew for the next.
+        own_colours (`bool`): Whether to normalise as the backbone was pretrained, whatever the task asks for.
     """
 
     optimizer: str
@@ -61,17 +65,35 @@ class Recipe:
     weight_decays: tuple[float, ...]
     rates: tuple[Rates, ...]
     unpruned: bool
+    lengths: tuple[float, ...] = (1.0,)
+    own_colours: bool = False
 
-    def trials(self, method: Method, batch_size: int) -> list[tuple[float, float]]:
-        """Learning rates and weight decays to try, the smallest learning rate first."""
+    def trials(self, method: Method, batch_size: int) -> list[tuple[Method, float, float]]:
+        """Learning rates and weight decays to try, the smallest learning rate first.
+
+        A method with variants has as many trials as the others: the first of two variants gets every other rate,
+        beginning with the smallest, the second those between.
+        """
         own = [method.learning_rate * factor for factor in self.factors]
         rates = sorted([*own, *(rate * batch_size / 256 for rate in self.learning_rates)])
-        return [(float(f"{rate:.6g}"), decay) for rate in rates for decay in self.weight_decays]
+        pairs = [(float(f"{rate:.6g}"), decay) for rate in rates for decay in self.weight_decays]
+        variants = method.each_variant()
+        return [(variants[index % len(variants)], *pair) for index, pair in enumerate(pairs)]
 
 
 RECIPES = {
     "quick": Recipe(
         "adamw", (0.1, 0.3, 1, 3, 10), (), (1e-4,), tuple((t, s) for t in (0.3, 0.6) for s in (0.0, 0.5)), True
+    ),
+    "modern": Recipe(
+        "adamw",
+        (0.03, 0.1, 0.3, 1, 3, 10),
+        (),
+        (1e-4,),
+        tuple((t, s) for t in (0.3, 0.6) for s in (0.0, 0.5)),
+        True,
+        lengths=(0.25, 0.5, 1.0),
+        own_colours=True,
     ),
     "paper": Recipe(
         "sgd",
@@ -86,7 +108,15 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What all trainings of a comparison have in common."""
+    """What all trainings of a comparison have in common.
+
+    Attributes:
+        model, data_dir, recipe, epochs, batch_size, seeds, device, grace_epochs, image_size, attention:
+            Options of `compare.py`.
+        precision (`str`): See [`training.autocast`].
+        factors (`tuple[float]`): In place of the recipe's.
+        search_epochs (`tuple[int]`): In place of those that the recipe's lengths come to.
+    """
 
     model: str
     data_dir: str | None
@@ -96,6 +126,23 @@ class Plan:
     seeds: tuple[int, ...]
     device: str
     grace_epochs: int | None = None
+    image_size: int | None = None
+    precision: str = "float32"
+    attention: str | None = None
+    factors: tuple[float, ...] = ()
+    search_epochs: tuple[int, ...] = ()
+
+    @property
+    def protocol(self) -> Recipe:
+        """The recipe, with what replaces parts of it."""
+        recipe = RECIPES[self.recipe]
+        return replace(recipe, factors=self.factors) if self.factors else recipe
+
+    @property
+    def lengths(self) -> list[int]:
+        """The epochs of the trainings of a search, rung by rung."""
+        of_recipe = {max(1, round(part * self.epochs)) for part in self.protocol.lengths}
+        return sorted(self.search_epochs or of_recipe)
 
     @property
     def rungs(self) -> list[int]:
@@ -108,13 +155,11 @@ class Plan:
     @property
     def settings(self) -> dict[str, Any]:
         """What tells its results from those of another plan."""
-        return {
-            "model": self.model, "recipe": self.recipe, "epochs": self.epochs, "batch_size": self.batch_size
-        }  # fmt: skip
+        return {name: getattr(self, name) for name in PLAN}
 
 
 class Trial(NamedTuple):
-    """One training: of what, on which part of the images, how, and what is pruned."""
+    """One training: of what, on which part of the images, how, what is pruned, and for how long."""
 
     method: Method
     part: str
@@ -122,6 +167,7 @@ class Trial(NamedTuple):
     weight_decay: float
     seed: int
     rates: Rates | None
+    epochs: int
 
 
 @dataclass(frozen=True)
@@ -173,14 +219,15 @@ class Trainings:
 
     def __init__(self, task: Task, plan: Plan, checkpoints: Checkpoints | None = None, shared: bool = False) -> None:
         self.task, self.plan, self.checkpoints, self.shared = task, plan, checkpoints, shared
-        self.recipe = RECIPES[plan.recipe]
+        self.recipe = plan.protocol
         self.device = torch.device(plan.device)
 
     @cached_property
     def preprocessing(self) -> Preprocessing:
         processor = AutoImageProcessor.from_pretrained(self.plan.model)
-        mean, deviation = IMAGENET if self.task.imagenet_colours else (processor.image_mean, processor.image_std)
-        size = AutoConfig.from_pretrained(self.plan.model).image_size
+        imagenet = self.task.imagenet_colours and not self.recipe.own_colours
+        mean, deviation = IMAGENET if imagenet else (processor.image_mean, processor.image_std)
+        size = self.plan.image_size or AutoConfig.from_pretrained(self.plan.model).image_size
         as_tensor = [torch.tensor(values, device=self.device).view(1, 3, 1, 1) for values in (mean, deviation)]
         return Preprocessing(size, *as_tensor)
 
@@ -192,22 +239,21 @@ class Trainings:
     def cached_features(self) -> Splits:
         """The features of all images. The backbone does not depend on the seed, its head does."""
         model, splits = self.build_backbone(0), self.splits
-        parts = (features(model, s, self.preprocessing) for s in (splits.train, splits.validation, splits.test))
-        train_part, validation, test = parts
-        both = features(model, splits.both, self.preprocessing)
-        return Splits(train_part, validation, both, test, splits.classes)
+        both, test = (features(model, s, self.preprocessing, self.plan.precision) for s in (splits.both, splits.test))
+        middle = len(splits.train)
+        return Splits(both[:middle], both[middle:], both, test, splits.classes)
 
     def build_backbone(self, seed: int) -> Any:
         """The backbone, with a head that depends on the seed."""
-        names = ClassLabel(num_classes=self.splits.classes)
-        return load_backbone(self.plan.model, names, seed).to(self.device)
+        plan = self.plan
+        return build(plan.model, self.splits.classes, seed, plan.image_size, plan.attention).to(self.device)
 
     def build(self, method: Method, seed: int) -> nn.Module:
         return method.adapt(self.build_backbone(seed), self.task).to(self.device)
 
     def settings(self, trial: Trial) -> dict[str, Any]:
         """What tells one training from another."""
-        method, part, learning_rate, decay, seed, rates = trial
+        method, part, learning_rate, decay, seed, rates, epochs = trial
         return {
             "task": self.task.name,
             "group": self.task.group,
@@ -217,6 +263,8 @@ class Trainings:
             "weight_decay": decay,
             "rates": None if rates is None else list(rates),
             "seed": seed,
+            "variant": method.variant,
+            "length": epochs,
             **self.plan.settings,
         }
 
@@ -225,9 +273,11 @@ class Trainings:
             self.recipe.optimizer,
             trial.learning_rate,
             trial.weight_decay,
-            self.plan.epochs,
+            trial.epochs,
             self.plan.batch_size,
             trial.seed,
+            self.plan.precision,
+            trial.method.kv_lr_ratio,
         )
 
     def measure(
@@ -269,8 +319,8 @@ class Trainings:
         judged: dict[str, Any] = {}
         if report:
             judged = {"rungs": self.plan.rungs, "report": tell}
-            judged["judge"] = lambda model: accuracy(model, judged_on, preprocessing)
-        trial = Trial(method, part, how.learning_rate, how.weight_decay, how.seed, rates)
+            judged["judge"] = lambda model: accuracy(model, judged_on, preprocessing, how.precision)
+        trial = Trial(method, part, how.learning_rate, how.weight_decay, how.seed, rates, how.epochs)
         first = {**self.settings(trial), "method": method.searched_as, "rates": None}
         pruned = rates is not None and rates != (0.0, 0.0)
         progress = Progress(self.checkpoints, first, clock, self.shared, **({} if pruned else judged))
@@ -280,9 +330,14 @@ class Trainings:
             self.prune(model, method.pruning, rates, trained_on, first)
             progress = Progress(self.checkpoints, self.settings(trial), clock, **judged)
             train(model, trained_on, preprocessing, how, progress)
+        fit = (
+            {}
+            if part == "validation"
+            else {"training_accuracy": accuracy(model, trained_on, preprocessing, how.precision)}
+        )
         return {
-            "accuracy": accuracy(model, judged_on, preprocessing),
-            "training_accuracy": accuracy(model, trained_on, preprocessing),
+            "accuracy": accuracy(model, judged_on, preprocessing, how.precision),
+            **fit,
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "head": sum(p.numel() for p in head_of(model)),
             "total": total,
@@ -301,7 +356,7 @@ class Trainings:
         if self.checkpoints and (kept := self.checkpoints.read(settings)):
             scores = PromptScores(**kept)
         else:
-            with precision(self.device):
+            with autocast(self.device, self.plan.precision):
                 scores = score_prompts(
                     model, list(batches(images, self.preprocessing)), pruning.importance, progress_bar=False
                 )
@@ -335,37 +390,58 @@ class Bench(Trainings):
 
     def run(self, method: Method) -> list[Record]:
         """Search, then the final trainings: one record for each seed."""
-        learning_rate, decay = self.search(method)
-        rates = self.search_rates(method, learning_rate, decay) if method.pruning else None
-        seeds = self.plan.seeds
-        found = self.train_all([Trial(method, "test", learning_rate, decay, seed, rates) for seed in seeds])
+        best = self.search(method)
+        rates = self.search_rates(best) if method.pruning else None
+        found = self.train_all([best._replace(part="test", seed=seed, rates=rates) for seed in self.plan.seeds])
         return [record for record in found if record]
 
-    def search(self, method: Method) -> tuple[float, float]:
-        """The learning rate and weight decay that validate best, the first of them if several do."""
-        trials = self.recipe.trials(method, self.plan.batch_size)
-        seed = self.plan.seeds[0]
-        found = self.train_all([Trial(method, "validation", *trial, seed, None) for trial in trials], stoppable=True)
-        return max(((trial, r["accuracy"]) for trial, r in zip(trials, found) if r), key=lambda pair: pair[1])[0]
+    def search(self, method: Method) -> Trial:
+        """The training that validates best, the first of them if several do.
 
-    def search_rates(self, method: Method, learning_rate: float, decay: float) -> Rates:
-        """The rates of pruning that validate best, of several that do those that prune most."""
-        assert method.pruning is not None
-        seed, trial = self.plan.seeds[0], (learning_rate, decay)
-        candidates = sorted(
-            {(t * method.pruning.tokens, s * method.pruning.segments) for t, s in self.recipe.rates} - {(0.0, 0.0)}
-        )
-        records = self.train_all(
-            [Trial(method, "validation", *trial, seed, rates) for rates in candidates], stoppable=True
-        )
+        After each of the plan's lengths the better third goes on. The last that is left has the length at which it
+        validated best, the shortest of several; all epochs, if that was not among them.
+        """
+        seed = self.plan.seeds[0]
+        running = [
+            Trial(variant, "validation", rate, decay, seed, None, self.plan.epochs)
+            for variant, rate, decay in self.recipe.trials(method, self.plan.batch_size)
+        ]
+        for epochs in self.plan.lengths:
+            running = [trial._replace(epochs=epochs) for trial in running]
+            found = self.train_all(running, stoppable=True)
+            judged = [(trial, record["accuracy"]) for trial, record in zip(running, found) if record]
+            judged.sort(key=lambda pair: pair[1], reverse=True)
+            running = [trial for trial, _ in judged[: math.ceil(len(judged) / REDUCTION)]]
+        best = running[0]
+        if best.epochs < self.plan.epochs:
+            return best._replace(epochs=self.plan.epochs)
+        tried = [best._replace(epochs=epochs) for epochs in self.plan.lengths]
+        return max(tried, key=lambda trial: self.accuracy_of(trial))
+
+    def accuracy_of(self, trial: Trial) -> float:
+        """Of a training that is finished."""
+        record = self.store.find(self.settings(trial))
+        assert record is not None
+        return record["accuracy"]
+
+    def search_rates(self, best: Trial) -> Rates:
+        """The rates of pruning that validate best, of several that do those that prune most.
+
+        Args:
+            best ([`Trial`]): The training that is pruned.
+        """
+        pruning = best.method.pruning
+        assert pruning is not None
+        candidates = sorted({(t * pruning.tokens, s * pruning.segments) for t, s in self.recipe.rates} - {(0.0, 0.0)})
+        records = self.train_all([best._replace(rates=rates) for rates in candidates], stoppable=True)
         finished = [(rates, record) for rates, record in zip(candidates, records) if record]
         highest = max(record["accuracy"] for _, record in finished)
-        best, _ = min(
+        smallest, _ = min(
             ((rates, r["trainable"]) for rates, r in finished if r["accuracy"] == highest), key=lambda pair: pair[1]
         )
-        (unpruned,) = self.train_all([Trial(method, "validation", *trial, seed, None)])
+        (unpruned,) = self.train_all([best])
         assert unpruned is not None
-        return (0.0, 0.0) if self.recipe.unpruned and unpruned["accuracy"] > highest else best
+        return (0.0, 0.0) if self.recipe.unpruned and unpruned["accuracy"] > highest else smallest
 
     def train_all(self, trials: Sequence[Trial], stoppable: bool = False) -> list[Record | None]:
         """The records of trainings, in their order; none of one that was stopped early."""
@@ -406,7 +482,7 @@ class Bench(Trainings):
 
     def once(self, trial: Trial) -> Record:
         """One training and its accuracy, unless the store has it."""
-        method, part, *_, rates = trial
+        method, part, rates = trial.method, trial.part, trial.rates
         record = self.store.once(
             self.settings(trial), lambda: self.measure(method, part, self.optimisation(trial), rates)
         )

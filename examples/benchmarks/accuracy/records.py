@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+
+PLAN = ("model", "recipe", "epochs", "batch_size", "image_size", "precision")
+"""What all trainings of a comparison have in common, and their settings tell."""
 
 
 def read(path: Path) -> list[Record]:
@@ -25,8 +28,36 @@ def read(path: Path) -> list[Record]:
 
 
 def read_all(paths: Iterable[Path]) -> list[Record]:
-    """The records of several files, as several machines wrote them; what two of them ran counts once."""
-    return list({key(record["settings"]): record for path in paths for record in read(path)}.values())
+    """The records of several files, as several machines wrote them; what two of them ran counts once.
+
+    Lines of another kind, as of `growth.py`, are passed over.
+    """
+    found = [record for path in paths for record in read(path) if "settings" in record]
+    return list({key(record["settings"]): record for record in found}.values())
+
+
+def by_plan(records: Iterable[Record]) -> list[list[Record]]:
+    """The records of each plan, which do not compare with those of another."""
+    plans: dict[str, list[Record]] = {}
+    for record in records:
+        plans.setdefault(key({name: record["settings"][name] for name in PLAN}), []).append(record)
+    return list(plans.values())
+
+
+def select(records: Sequence[Record], wanted: dict[str, list[str]]) -> list[Record]:
+    """The records whose settings have one of the wanted values each.
+
+    Raises:
+        ValueError: No record has such a setting, or such a value of it.
+    """
+    for name, values in wanted.items():
+        known = {str(record["settings"].get(name, "")) for record in records} - {""}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(
+                f"where has {name}={','.join(unknown)}, but the results have {sorted(known) or 'no such setting'}."
+            )
+        records = [record for record in records if str(record["settings"].get(name, "")) in values]
+    return list(records)
 
 
 def key(settings: dict[str, Any]) -> str:

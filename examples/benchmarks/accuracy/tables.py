@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from .records import Record
+from .records import PLAN, Record
 from .tasks import GROUPS
 
 MEANS = ("mean of groups", "mean of tasks")
@@ -36,6 +36,7 @@ class Summary:
     """One method: its score on each task, on each group (mean of its tasks), and both means, all seed by seed.
 
     `adapted` and `head` are its trainable parameters, those of the head apart, as means over tasks and seeds.
+    `seconds` is the time of a training, mean over tasks and seeds.
     `fit` is its accuracy in percent on the images it was trained on, mean over tasks and seeds, if all results tell.
     `incomplete` tells why it has no means: it lacks these (task, seed).
     """
@@ -45,6 +46,7 @@ class Summary:
     means: dict[str, Score]
     adapted: float
     head: float
+    seconds: float
     incomplete: list[tuple[str, int]]
     fit: float | None = None
 
@@ -64,11 +66,11 @@ def summarise(records: Sequence[Record], methods: Sequence[str]) -> list[Summary
     """One summary for each method that has results, in the given order.
 
     Raises:
-        ValueError: The records are of several backbones, recipes, epochs or batch sizes, which do not compare.
+        ValueError: The records are of several plans, which do not compare.
     """
     records = final(records)
-    for name in ("model", "recipe", "epochs", "batch_size"):
-        values = sorted({record["settings"][name] for record in records})
+    for name in PLAN:
+        values = list(dict.fromkeys(record["settings"][name] for record in records))
         if len(values) > 1:
             raise ValueError(f"The results are of several values of {name}: {values}. Give files of one only.")
     groups = task_groups(records)
@@ -90,9 +92,10 @@ def summarise(records: Sequence[Record], methods: Sequence[str]) -> list[Summary
         means = {} if missing else means_of(found, groups, seeds)
         heads = fmean(r["head"] for r in own)
         adapted = fmean(r["trainable"] - r["head"] for r in own)
+        seconds = fmean(r["seconds"] for r in own)
         fits = [r["training_accuracy"] for r in own if "training_accuracy" in r]
         fit = 100 * fmean(fits) if len(fits) == len(own) else None
-        summaries.append(Summary(method, tasks, means, adapted, heads, missing, fit))
+        summaries.append(Summary(method, tasks, means, adapted, heads, seconds, missing, fit))
     return summaries
 
 
@@ -133,9 +136,10 @@ def markdown(summaries: Sequence[Summary], tasks: Sequence[str]) -> str:
     """Two tables, a row for each method: means and parameters, then every task."""
     names = list(dict.fromkeys(name for summary in summaries for name in summary.means))
     fitted = any(summary.fit is not None for summary in summaries)
-    overview = [["method", "parameters without head", "with head", *names, *["training images"] * fitted]]
+    columns = ["method", "parameters without head", "with head", "seconds"]
+    overview = [[*columns, *names, *["training images"] * fitted]]
     for summary in summaries:
-        counts = [f"{summary.adapted:,.0f}", f"{summary.adapted + summary.head:,.0f}"]
+        counts = [f"{value:,.0f}" for value in (summary.adapted, summary.adapted + summary.head, summary.seconds)]
         shown = [str(summary.means[name]) if name in summary.means else "not finished" for name in names]
         fit = "" if summary.fit is None else f"{summary.fit:.1f}"
         overview.append([summary.method, *counts, *shown, *[fit] * fitted])

@@ -1,4 +1,4 @@
-"""The tasks as data: VTAB-1k, FGVC, and `mini`, which needs no download. `paper_settings.json` has the paper's."""
+"""The tasks as data: VTAB-1k, FGVC, `photos`, and `mini`, which needs no download. Some settings are the paper's."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any, Literal
 
 from .drawing import DRAWN
 
-Layout = Literal["vtab", "fgvc", "digits", "drawn", "dataset"]
+Layout = Literal["vtab", "fgvc", "digits", "drawn", "dataset", "shuffled"]
 
 SETTINGS = Path(__file__).parents[2] / "recipes" / "paper_settings.json"
 PAPER: dict[str, Any] = json.loads(SETTINGS.read_text(encoding="utf-8"))
 
 GROUPS = ("natural", "specialized", "structured", "fgvc")
+
+SUITES = ("mini", "photos", "vtab", "fgvc")
 
 VTAB_FOLDERS = {
     "cifar100": "cifar",
@@ -34,6 +36,12 @@ FGVC_FOLDERS = {
     "stanford_dogs": "Stanford-dogs",
     "stanford_cars": "Stanford-cars",
 }
+
+PHOTOS = {
+    "natural": ("caltech101", "dtd10", "flowers12", "gtsrb"),
+    "specialized": ("aid", "chest_xray", "pacs_sketch", "sign_digits"),
+}
+"""Folders of `photos`. Their training files are in random order, so that the first 1,000 rows are the task's."""
 
 MINI_SPECIALIZED = ("digits", "sign_digits")
 """Of `mini`, the tasks with one kind of thing, always seen the same way; other photographs are natural."""
@@ -89,20 +97,26 @@ def dataset_task(folder: Path) -> Task:
 
 
 def suite(name: str, data_dir: str | None) -> list[Task]:
-    """The tasks of a suite: `vtab`, `fgvc`, or `mini`: digits, every data set in the data directory, and drawn tasks.
+    """The tasks of a suite.
+
+    `vtab`, `fgvc`, `photos` (eight data sets and the drawn tasks), or `mini`: digits, every data set in the data
+    directory, and the drawn tasks.
 
     Raises:
         ValueError: There is no such suite, or it needs a data directory.
     """
+    if name not in SUITES:
+        raise ValueError(f"suite={name!r} must be one of {', '.join(SUITES)}.")
+    if data_dir is None and name != "mini":
+        raise ValueError(f"suite={name!r} needs data_dir, the folder with the data of all its tasks.")
     if name in ("vtab", "fgvc"):
-        if data_dir is None:
-            raise ValueError(f"suite={name!r} needs data_dir, the folder with the data of all its tasks.")
         return [task for task in map(paper_task, PAPER["tasks"]) if task.layout == name]
-    if name != "mini":
-        raise ValueError(f"suite={name!r} must be 'mini', 'vtab' or 'fgvc'.")
+    drawn = [Task(task, "structured", "drawn", classes=classes) for task, (classes, _) in DRAWN.items()]
+    if name == "photos":
+        photos = [Task(task, group, "shuffled", task) for group, names in PHOTOS.items() for task in names]
+        return [*photos, *drawn]
     folders = [] if data_dir is None else sorted(path for path in Path(data_dir).iterdir() if path.is_dir())
     digits = Task("digits", "specialized", "digits", classes=10)
-    drawn = [Task(task, "structured", "drawn", classes=classes) for task, (classes, _) in DRAWN.items()]
     return [*map(dataset_task, folders), digits, *drawn]
 
 

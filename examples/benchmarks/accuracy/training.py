@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
+from e2vpt_peft import create_optimizer
 from examples.data_and_backbone import HEAD
 
 from .checkpoints import Progress
@@ -28,6 +30,10 @@ class Optimisation:
         learning_rate, weight_decay (`float`): Of all trainable parameters; biases do not decay.
         epochs, batch_size (`int`): How long, and how many images a step. A tenth of the steps is warm-up, then cosine.
         seed (`int`): Of the order of images, dropout and cropping.
+        precision (`str`): See [`autocast`].
+        kv_lr_ratio (`float`, *optional*):
+            How many times the learning rate key-value prompts have. Prompts do not decay then, see
+            [`~e2vpt_peft.create_optimizer`].
     """
 
     optimizer: str
@@ -36,6 +42,8 @@ class Optimisation:
     epochs: int
     batch_size: int
     seed: int
+    precision: str = "float32"
+    kv_lr_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,9 +75,12 @@ class Preprocessing:
         return self.normalise(pixels[..., start : start + self.size, start : start + self.size])
 
 
-def precision(device: torch.device) -> AbstractContextManager[None]:
-    """bfloat16 on a GPU, float32 on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+PRECISIONS = ("float32", "bfloat16")
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """Run a model in one of [`PRECISIONS`]; its weights are float32 either way."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def train(
@@ -98,7 +109,7 @@ def train(
         model.train()
         for chosen in torch.randperm(len(images)).to(device).split(how.batch_size):
             pixels = preprocessing.for_training(images.pixels[chosen])
-            with precision(device):
+            with autocast(device, how.precision):
                 logits = model(pixel_values=pixels).logits
             F.cross_entropy(logits.float(), images.labels[chosen]).backward()
             optimizer.step()
@@ -109,15 +120,20 @@ def train(
 
 def make_optimizer(model: nn.Module, how: Optimisation, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer of all that is trainable."""
+    sgd = how.optimizer == "sgd"
+    optimizer_cls: Any = torch.optim.SGD if sgd else torch.optim.AdamW
+    options = {"lr": how.learning_rate, "fused": device.type == "cuda", **({"momentum": 0.9} if sgd else {})}
+    if how.kv_lr_ratio is not None:
+        return create_optimizer(
+            model, optimizer_cls, kv_prompt_lr_ratio=how.kv_lr_ratio, weight_decay=how.weight_decay, **options
+        )
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for name, p in trainable if not name.endswith("bias")], "weight_decay": how.weight_decay},
         {"params": [p for name, p in trainable if name.endswith("bias")], "weight_decay": 0.0},
     ]
-    fused = device.type == "cuda"
-    if how.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=how.learning_rate, momentum=0.9, fused=fused)
-    return torch.optim.AdamW(groups, lr=how.learning_rate, fused=fused)
+    optimizer: torch.optim.Optimizer = optimizer_cls(groups, **options)
+    return optimizer
 
 
 def batches(images: Images, preprocessing: Preprocessing) -> Iterator[dict[str, torch.Tensor]]:
@@ -127,12 +143,12 @@ def batches(images: Images, preprocessing: Preprocessing) -> Iterator[dict[str, 
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, images: Images, preprocessing: Preprocessing) -> float:
+def accuracy(model: nn.Module, images: Images, preprocessing: Preprocessing, precision: str = "float32") -> float:
     """The share of images that are classified correctly."""
     model.eval()
     right = torch.zeros((), device=images.labels.device)
     for batch in batches(images, preprocessing):
-        with precision(images.labels.device):
+        with autocast(images.labels.device, precision):
             logits = model(pixel_values=batch["pixel_values"]).logits
         right += (logits.argmax(1) == batch["labels"]).sum()
     return float(right) / len(images)
@@ -157,13 +173,13 @@ class Logits:
 
 
 @torch.no_grad()
-def features(model: nn.Module, images: Images, preprocessing: Preprocessing) -> Images:
+def features(model: nn.Module, images: Images, preprocessing: Preprocessing, precision: str = "float32") -> Images:
     """What the head reads of each image, in place of its pixels."""
     model.eval()
     found: list[torch.Tensor] = []
     hook = model.get_submodule(HEAD).register_forward_pre_hook(lambda head, inputs: found.append(inputs[0].float()))
     for batch in batches(images, preprocessing):
-        with precision(images.labels.device):
+        with autocast(images.labels.device, precision):
             model(pixel_values=batch["pixel_values"])
     hook.remove()
     return Images(torch.cat(found), images.labels)
