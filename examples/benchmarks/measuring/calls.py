@@ -44,7 +44,7 @@ class TrainingStep:
         **optimizer: Any,
     ) -> None:
         self.images, self.labels, self.looks_at_loss = images, labels, looks_at_loss
-        self.forward = forward or model
+        self.forward = model if forward is None else forward
         model.train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, **optimizer)

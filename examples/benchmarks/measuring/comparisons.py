@@ -100,7 +100,7 @@ def compare_mixed_batch(
     times = timer(calls)
     for method in models:
         found = ratios(times[f"{method} alone"], times[f"{method} mixed"])  # throughput is one over time
-        subject = f"{method}, {adapters} adapters"
+        subject = f"{method}, {adapters} adapter{'s' * (adapters > 1)}"
         yield Row.of(THROUGHPUT, setup.size.name, batch_size, subject, "one adapter", found)
 
 

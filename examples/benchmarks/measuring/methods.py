@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import peft
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from e2vpt_peft import E2VPTConfig
@@ -56,20 +58,27 @@ def build_e2vpt(
     backbone: ViTForImageClassification, prompts: Prompts, adapters: Sequence[str] = ("one",)
 ) -> PeftModel:
     """E²VPT by this package, with the classifier trainable."""
-    config = E2VPTConfig(
+    return add_adapters(copy_of(backbone), e2vpt_config(prompts), adapters)
+
+
+def e2vpt_config(prompts: Prompts) -> E2VPTConfig:
+    return E2VPTConfig(
         num_visual_prompts=prompts.visual,
         num_kv_prompts=prompts.kv,
         prompt_dropout=prompts.dropout,
         modules_to_save=HEAD,
     )
-    return add_adapters(copy_of(backbone), config, adapters)
 
 
 def build_lora(backbone: ViTForImageClassification, adapters: Sequence[str] = ("one",)) -> PeftModel:
     """PEFT's LoRA in its most common setting, with the classifier trainable."""
+    return add_adapters(copy_of(backbone), lora_config(), adapters)
+
+
+def lora_config(**options: Any) -> LoraConfig:
     # Not the usual start, in which adapters change nothing, to tell one from the other.
-    config = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], modules_to_save=HEAD, init_lora_weights=False)
-    return add_adapters(copy_of(backbone), config, adapters)
+    defaults: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    return LoraConfig(r=8, modules_to_save=HEAD, **{**defaults, **options})
 
 
 def build_token_insertion(backbone: ViTForImageClassification, prompts: Prompts) -> ViTForImageClassification:
@@ -79,7 +88,7 @@ def build_token_insertion(backbone: ViTForImageClassification, prompts: Prompts)
     return model
 
 
-def add_adapters(model: ViTForImageClassification, config: peft.PeftConfig, adapters: Sequence[str]) -> PeftModel:
+def add_adapters(model: nn.Module, config: peft.PeftConfig, adapters: Sequence[str]) -> PeftModel:
     """Adapters of one configuration, all in the type of the backbone."""
     # With PEFT's default, a float32 adapter for bfloat16 weights, LoRA is slowed down by conversions that prompts do
     # not need.

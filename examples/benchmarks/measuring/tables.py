@@ -25,11 +25,14 @@ def tables(rows: Sequence[Row], level: int = 3) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows of one measure and one model."""
-    columns = list(dict.fromkeys((row.baseline, row.mode, row.batch_size) for row in rows))
-    columns.sort(key=lambda column: [row.baseline for row in rows].index(column[0]))
+    baselines, modes = (list(dict.fromkeys(names)) for names in zip(*((row.baseline, row.mode) for row in rows)))
+    columns = sorted(
+        {(row.baseline, row.mode, row.batch_size) for row in rows},
+        key=lambda column: (baselines.index(column[0]), modes.index(column[1]), column[2]),
+    )
     subjects = list(dict.fromkeys(row.subject for row in rows))
     cells = {(row.subject, row.baseline, row.mode, row.batch_size): row for row in rows}
-    several = len({mode for _, mode, _ in columns}) > 1
+    several = len(modes) > 1
     titles = ["", *(_title(baseline, mode if several else "", size) for baseline, mode, size in columns)]
     lines = [titles, ["---"] * len(titles)]
     for subject in subjects:
