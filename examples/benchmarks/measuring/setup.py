@@ -26,7 +26,7 @@ class Size:
 SIZES = {
     size.name: size
     for size in (
-        Size("toy", 32, 2, 4, patch_size=4, image_size=16),
+        Size("toy", 64, 2, 4, patch_size=4, image_size=16),
         Size("ViT-S/16", 384, 12, 6),
         Size("ViT-B/16", 768, 12, 12),
         Size("ViT-L/16", 1024, 24, 16),

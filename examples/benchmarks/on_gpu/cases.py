@@ -79,10 +79,11 @@ class Machine:
     def seconds_left(self) -> float:
         return self.deadline - time.time()
 
-    def time(self, calls: dict[str, Call], **options: Any) -> dict[str, list[float]]:
-        """Side by side, for some seconds at the most."""
-        rounds, seconds = (2, 0.1) if self.toy else (50, 6.0)
-        return time_side_by_side(calls, self.device, rounds, seconds, **options)
+    def time(self, calls: dict[str, Call], least_seconds: float = 0.02) -> dict[str, list[float]]:
+        """Side by side, for some seconds at the most; see [`~measuring.timing.time_side_by_side`]."""
+        if self.toy:
+            return time_side_by_side(calls, self.device, rounds=2, seconds=0, least_seconds=0)
+        return time_side_by_side(calls, self.device, rounds=50, seconds=6, least_seconds=least_seconds)
 
 
 @dataclass(frozen=True)

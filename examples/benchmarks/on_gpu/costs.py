@@ -48,7 +48,7 @@ def measure_optimisers(machine: Machine, batch_size: int) -> list[Row]:
     return list(against(machine, "training step time by optimiser", machine.time(steps), "AdamW", batch_size, EAGER))
 
 
-def measure_looking_at_the_loss(machine: Machine, batch_size: int) -> list[Row]:
+def measure_looks_at_the_loss(machine: Machine, batch_size: int) -> list[Row]:
     """Each step waits for its loss, as with `E2VPTTrainer`, or none does."""
     images, labels = machine.setup.batch(batch_size)
     steps = {

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
-
-import torch
 
 from . import checks, costs
 from .attention import KERNELS, check_attention
@@ -20,82 +18,60 @@ from .speeds import measure_inference, measure_training
 from .trainer import check_search
 
 PEAK = "numbers: peak"
-HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+MIXED = "numbers: adapters in a batch, {}"
+HALF = ("bfloat16", "float16")
 
 
 def plan(toy: bool) -> list[Case]:
     """The cases; those of toys have small batches and few adapters."""
     one, some, many = (1, 2, 3) if toy else (1, 32, 256)
     adapters = (1, 2, 6) if toy else (1, 16, 256)
-    cases: list[tuple[str, float, Callable[..., Any]]] = [
-        ("works: tests", 40, check_tests),
-        ("works: float32", 5, partial(checks.check_precision, dtype=torch.float32)),
-        *((f"works: {name}", 3, partial(checks.check_precision, dtype=dtype)) for name, dtype in HALF.items()),
-        *(
-            (f"works: autocast, {name}", 3, partial(checks.check_autocast, dtype=dtype))
-            for name, dtype in HALF.items()
-        ),
-        ("works: mixed batch", 3, checks.check_mixed_batch),
-        ("works: kept prefixes", 3, checks.check_kept_prefixes),
-        *(
-            (f"works: sdpa, {name}", 3, partial(check_attention, implementation="sdpa", kernel=name))
-            for name in KERNELS
-        ),
-        ("works: flash attention", 5, partial(check_attention, implementation="flash_attention_2")),
-        ("works: search, killed and resumed, bfloat16", 60, partial(check_search, precision="bf16")),
-        (PEAK, 3, measure_peak),
+    return [
+        Case("works: tests", check_tests, 40),
+        *each("works: {}", checks.check_precision, 4, dtype=("float32", *HALF)),
+        *each("works: autocast, {}", checks.check_autocast, 3, dtype=HALF),
+        Case("works: mixed batch", checks.check_mixed_batch, 3),
+        Case("works: kept prefixes", checks.check_kept_prefixes, 3),
+        *each("works: sdpa, {}", partial(check_attention, implementation="sdpa"), 3, kernel=KERNELS),
+        Case("works: flash attention", partial(check_attention, implementation="flash_attention_2"), 5),
+        Case("works: search, killed and resumed, bfloat16", partial(check_search, precision="bf16"), 60),
+        Case(PEAK, measure_peak, 3),
         *inference(EAGER, 10, some, one, many),
         *training(EAGER, 12, some),
         *inference(GRAPH, 10, one, some),
-        ("works: compiled", 25, check_compiled),
+        Case("works: compiled", check_compiled, 25),
         *inference(COMPILED, 60, some),
-        ("works: compiled, CUDA graphs", 25, partial(check_compiled, mode="reduce-overhead")),
+        Case("works: compiled, CUDA graphs", partial(check_compiled, mode="reduce-overhead"), 25),
         *inference(COMPILED_GRAPH, 60, one),
-        *mixed(8, *adapters[:2]),
-        *((f"works: {name}", 6, partial(check_quantised, name=name)) for name in QUANTISATIONS),
-        ("works: flex attention", 40, partial(check_attention, implementation="flex_attention")),
+        *each(MIXED, costs.measure_mixed_batch, 8, adapters=adapters[:2]),
+        *each("works: {}", check_quantised, 6, name=QUANTISATIONS),
+        Case("works: flex attention", partial(check_attention, implementation="flex_attention"), 40),
         *training(EAGER, 12, many, one),
-        *(
-            (f"numbers: optimisers, batch {size}", 6, partial(costs.measure_optimisers, batch_size=size))
-            for size in (some, one)
-        ),
-        *(
-            (
-                f"numbers: looking at the loss, batch {size}",
-                8,
-                partial(costs.measure_looking_at_the_loss, batch_size=size),
-            )
-            for size in (some, one)
-        ),
+        *each("numbers: optimisers, batch {}", costs.measure_optimisers, 6, batch_size=(some, one)),
+        *each("numbers: looks at the loss, batch {}", costs.measure_looks_at_the_loss, 8, batch_size=(some, one)),
         *training(COMPILED, 90, some),
-        ("numbers: timm", 10, costs.measure_timm),
-        *((f"numbers: {name}", 8, partial(costs.measure_method, name=name)) for name in costs.METHODS),
-        *mixed(60, adapters[2]),
+        Case("numbers: timm", costs.measure_timm, 10),
+        *each("numbers: {}", costs.measure_method, 8, name=costs.METHODS),
+        *each(MIXED, costs.measure_mixed_batch, 60, adapters=adapters[2:]),
         *inference(GRAPH, 10, many),
         *inference(COMPILED, 60, one, many),
         *inference(COMPILED_GRAPH, 60, some, many),
-        ("works: search, killed and resumed, float16", 60, partial(check_search, precision="fp16")),
-        ("accuracy", 60, run_accuracy_suite),
-    ]
-    return [Case(name, run, seconds) for name, seconds, run in cases]
-
-
-def inference(mode: str, seconds: float, *batch_sizes: int) -> list[tuple[str, float, Callable[..., Any]]]:
-    return [
-        (f"numbers: inference, {mode}, batch {size}", seconds, partial(measure_inference, mode=mode, batch_size=size))
-        for size in batch_sizes
+        Case("works: search, killed and resumed, float16", partial(check_search, precision="fp16"), 60),
+        Case("accuracy", run_accuracy_suite, 60),
     ]
 
 
-def training(mode: str, seconds: float, *batch_sizes: int) -> list[tuple[str, float, Callable[..., Any]]]:
-    return [
-        (f"numbers: training, {mode}, batch {size}", seconds, partial(measure_training, mode=mode, batch_size=size))
-        for size in batch_sizes
-    ]
+def each(name: str, run: Callable[..., Any], seconds: float, /, **argument: Iterable[Any]) -> list[Case]:
+    """A case for each value of an argument, which stands in its name."""
+    ((keyword, values),) = argument.items()
+    return [Case(name.format(value), partial(run, **{keyword: value}), seconds) for value in values]
 
 
-def mixed(seconds: float, *adapters: int) -> list[tuple[str, float, Callable[..., Any]]]:
-    return [
-        (f"numbers: {number} adapters in a batch", seconds, partial(costs.measure_mixed_batch, adapters=number))
-        for number in adapters
-    ]
+def inference(mode: str, seconds: float, *batch_sizes: int) -> list[Case]:
+    run = partial(measure_inference, mode=mode)
+    return each(f"numbers: inference, {mode}, batch {{}}", run, seconds, batch_size=batch_sizes)
+
+
+def training(mode: str, seconds: float, *batch_sizes: int) -> list[Case]:
+    run = partial(measure_training, mode=mode)
+    return each(f"numbers: training, {mode}, batch {{}}", run, seconds, batch_size=batch_sizes)
