@@ -23,8 +23,7 @@ from examples.benchmarks.on_gpu.results import Results
 QUICK = (
     "works: bfloat16", "works: autocast, float16", "works: mixed batch", "works: kept prefixes", "works: sdpa",
     PEAK, "numbers: inference, eager, batch 2", "numbers: inference, CUDA graph", "numbers: training, eager, batch 2",
-    "numbers: adapters in a batch, 6", "numbers: optimisers, batch 1", "numbers: looks at the loss, batch 1",
-    "numbers: (IA)³",
+    "numbers: adapters in a batch, 6", "numbers: looks at the loss, batch 1",
 )  # fmt: skip
 
 

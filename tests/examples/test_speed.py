@@ -24,7 +24,7 @@ def test_tables_have_every_comparison(tmp_path: Path, capsys: pytest.CaptureFixt
 
     expected = {("operations of an inference", name, base, 2) for name in ("backbone", "LoRA") for base in BASELINES}
     for prompts in ("(3, 2)", "(5, 1)"):
-        for name in (f"E²VPT {prompts}", f"E²VPT {prompts}, two adapters"):
+        for name in (f"E²VPT {prompts}", f"E²VPT {prompts}, no prefix kept", f"E²VPT {prompts}, two adapters"):
             expected |= {("operations of an inference", name, baseline, 2) for baseline in BASELINES}
         for batch in (1, 3):
             for name in (f"E²VPT {prompts}", f"inserted tokens {prompts}", "LoRA"):

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import ViTForImageClassification
 
+from e2vpt_peft import keep_prefixes
+
 from .agreement import check_mixed_batch, check_same_function
 from .calls import Call, TrainingStep, inference
 from .memory import peak_memory
@@ -18,6 +20,7 @@ from .setup import Prompts, Setup
 from .timing import ratios, spread
 
 BACKBONE, LORA, PROBE, INSERTED = "backbone", "LoRA", "linear probe", "inserted tokens"
+NOTHING_KEPT = "no prefix kept"
 INFERENCE, STEP, MEMORY, THROUGHPUT, OPERATIONS = (
     "inference time",
     "training step time",
@@ -110,7 +113,10 @@ def compare_operations(setup: Setup, backbone: ViTForImageClassification, prompt
     calls = {BACKBONE: inference(backbone, images), LORA: inference(build_lora(backbone), images)}
     for counts in prompts:
         model = build_e2vpt(backbone, counts, ["one", "two"])
+        anew = build_e2vpt(backbone, counts)
+        keep_prefixes(anew, False)
         calls[ours(counts)] = inference(model, images)
+        calls[f"{ours(counts)}, {NOTHING_KEPT}"] = inference(anew, images)
         calls[f"{ours(counts)}, two adapters"] = inference(model, images, adapter_names=["one", "two"])
     counted = {name: count_operations(call).total() for name, call in calls.items()}
     for name, count in counted.items():

@@ -134,6 +134,6 @@ def check_kept_prefixes(machine: Machine) -> Facts:
         change()
         kept = inference(model, images)
         kept()
-        nothing_kept = model(pixel_values=images).logits.detach()  # with gradients
-        errors[f"after {name}"] = check_close(kept(), nothing_kept, setup.dtype, f"Results after {name}")
+        with_gradients = model(pixel_values=images).logits.detach()  # for which nothing is kept
+        errors[f"after {name}"] = check_close(kept(), with_gradients, setup.dtype, f"Results after {name}")
     return errors

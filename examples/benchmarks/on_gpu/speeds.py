@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
+from e2vpt_peft import keep_prefixes
+
 from ..measuring.calls import TrainingStep
-from ..measuring.comparisons import BACKBONE, INFERENCE, LORA, PROBE, STEP, ours, pair
+from ..measuring.comparisons import BACKBONE, INFERENCE, LORA, NOTHING_KEPT, PROBE, STEP, ours, pair
 from ..measuring.memory import peak_memory
-from ..measuring.methods import build_linear_probe, build_lora
+from ..measuring.methods import build_e2vpt, build_linear_probe, build_lora
 from ..measuring.rows import Row
 from ..measuring.timing import ratios, spread
 from .cases import Machine
@@ -21,13 +23,15 @@ TRAINED_IMAGES = "images per second in training"
 
 
 def measure_inference(machine: Machine, mode: str, batch_size: int) -> list[Row]:
-    """Against the backbone: E²VPT with few and with many prompts, inserted tokens, LoRA, and LoRA merged."""
+    """Against the backbone: E²VPT with few and many prompts and with none kept, inserted tokens, LoRA, and LoRA merged."""
     images, _ = machine.setup.batch(batch_size)
     models: dict[str, nn.Module] = {BACKBONE: machine.backbone, **pair(machine.backbone, machine.prompts, images)}
     models[LORA] = build_lora(machine.backbone)
     if mode in (EAGER, GRAPH):  # to compile one more takes its time
         models |= pair(machine.backbone, machine.many_prompts, images)
         models["LoRA, merged"] = merged_lora(machine)
+        anew = models[f"{ours(machine.prompts)}, {NOTHING_KEPT}"] = build_e2vpt(machine.backbone, machine.prompts)
+        keep_prefixes(anew, False)
     calls = {name: in_mode(machine, mode, model, images) for name, model in models.items()}
     times = machine.time(calls)
     return [
