@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import peft
 import torch
 from torch import nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+from transformers.utils import is_timm_available
 
 from ..measuring.calls import TrainingStep, inference
 from ..measuring.comparisons import BACKBONE, INFERENCE, LORA, PROBE, STEP, compare_mixed_batch, ours
@@ -94,7 +94,7 @@ def measure_method(machine: Machine, name: str) -> list[Row]:
 
 def measure_timm(machine: Machine) -> list[Row]:
     """timm's ViT of the same size, bare and with an adapter, against transformers'."""
-    if importlib.util.find_spec("timm") is None:
+    if not is_timm_available():
         raise NotHere("timm is not installed")
     size = machine.setup.size
     sizes: dict[str, Any] = {"embed_dim": size.hidden_size, "depth": size.layers, "num_heads": size.heads}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from transformers import BitsAndBytesConfig, TorchAoConfig, ViTForImageClassification
 
 from ..measuring.calls import TrainingStep
@@ -51,26 +52,36 @@ def check_quantised(machine: Machine, name: str) -> Facts:
     setup = machine.small(torch.bfloat16)
     images, labels = setup.batch(8)
     backbone = build_backbone(setup)
-    with tempfile.TemporaryDirectory() as folder:
-        build_linear_probe(backbone).save_pretrained(folder)
-        small = ViTForImageClassification.from_pretrained(
-            folder, quantization_config=quantisation(), dtype=torch.bfloat16, device_map={"": setup.device}
-        )
-    small.requires_grad_(False)
-    logits = []
-    for model in (backbone, small):
-        torch.manual_seed(0)
-        model = add_adapters(model, e2vpt_config(machine.prompts), ("one",))
-        with torch.no_grad():
-            logits.append(model.eval()(pixel_values=images).logits.float().flatten())
+    # bitsandbytes packs weights for inference on CPUs, and does not train afterwards: one is for training alone.
+    as_it_was, small, trained = (
+        adapted(model, machine)
+        for model in (backbone, quantised(backbone, quantisation()), quantised(backbone, quantisation()))
+    )
+    with torch.no_grad():
+        logits = [model.eval()(pixel_values=images).logits.float().flatten() for model in (as_it_was, small)]
     similarity = F.cosine_similarity(*logits, dim=0).item()
-    step = TrainingStep(model, images, labels)
+    step = TrainingStep(trained, images, labels)
     losses = []
     for _ in range(8):
         with torch.no_grad():
-            losses.append(F.cross_entropy(model(pixel_values=images).logits.float(), labels).item())
+            losses.append(F.cross_entropy(trained(pixel_values=images).logits.float(), labels).item())
         step()
     facts = {"cosine of logits": similarity, "first loss": losses[0], "last loss": losses[-1]}
     if not (similarity > 0.95 and losses[-1] < losses[0]):
         raise AssertionError(str(facts))
     return facts
+
+
+def quantised(backbone: ViTForImageClassification, quantisation: Any) -> ViTForImageClassification:
+    """A quantised copy, made as users make it: on the way from a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        build_linear_probe(backbone).save_pretrained(folder)
+        small = ViTForImageClassification.from_pretrained(
+            folder, quantization_config=quantisation, dtype=backbone.dtype, device_map={"": backbone.device}
+        )
+    return small.requires_grad_(False)
+
+
+def adapted(model: ViTForImageClassification, machine: Machine) -> PeftModel:
+    torch.manual_seed(0)
+    return add_adapters(model, e2vpt_config(machine.prompts), ("one",))
