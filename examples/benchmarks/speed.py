@@ -42,7 +42,7 @@ from .measuring.methods import build_backbone
 from .measuring.rows import Row, append, describe_run, latest, read
 from .measuring.setup import SIZES, Prompts, Setup, add_options, prompts_of, setup_of
 from .measuring.tables import header, tables
-from .measuring.timing import time_side_by_side
+from .measuring.timing import CLOCKS, time_side_by_side
 
 PARTS = ("operations", "inference", "training", "memory", "mixed")
 
@@ -51,7 +51,12 @@ def measure(options: argparse.Namespace, setup: Setup) -> Iterator[Row]:
     """All that is asked for, at one size of the backbone."""
     backbone = build_backbone(setup)
     timer = functools.partial(
-        time_side_by_side, device=setup.device, rounds=options.rounds, seconds=options.seconds, seed=options.seed
+        time_side_by_side,
+        device=setup.device,
+        rounds=options.rounds,
+        seconds=options.seconds,
+        seed=options.seed,
+        clock=options.clock,
     )
     prompts: list[Prompts] = options.prompts
     if "operations" in options.parts:
@@ -90,6 +95,12 @@ def parse(command: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS, help="what to measure (default: all)")
     parser.add_argument("--adapters", type=int, default=16, help="adapters in the mixed batch (default: 16)")
     parser.add_argument("--mixed-batch-size", type=int, default=32, help="size of the mixed batch (default: 32)")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: only while this process runs; for 1 thread on a busy machine",
+    )
     parser.add_argument("--out", type=Path, help="append each result to this file, as JSON lines")
     parser.add_argument("--show", type=Path, help="measure nothing; print the tables of this file")
     return parser.parse_args(command)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ from examples.benchmarks.measuring.operations import count_operations
 from examples.benchmarks.measuring.rows import Row, latest
 from examples.benchmarks.measuring.setup import SIZES, Prompts, Setup
 from examples.benchmarks.measuring.tables import tables
-from examples.benchmarks.measuring.timing import ratios, time_side_by_side
+from examples.benchmarks.measuring.timing import CLOCKS, ratios, time_side_by_side
 from tests.support.models import images, tiny_vit
 
 CPU = torch.device("cpu")
@@ -106,6 +108,14 @@ def test_calls_take_turns() -> None:
 def test_where_time_is_short_there_are_fewer_rounds_but_five(rounds: int, expected: int) -> None:
     times = time_side_by_side({"a": lambda: None}, CPU, rounds=rounds, seconds=0, least_seconds=0)
     assert len(times["a"]) == expected
+
+
+def test_the_clock_of_the_process_does_not_count_what_others_take() -> None:
+    calls = {"waits": lambda: time.sleep(0.05)}
+    waited = {
+        clock: time_side_by_side(calls, CPU, rounds=2, clock=clock, least_seconds=0)["waits"] for clock in CLOCKS
+    }
+    assert min(waited["wall"]) >= 0.05 > 2 * max(waited["cpu"])
 
 
 def test_ratios_are_taken_round_by_round() -> None:

@@ -13,6 +13,8 @@ import torch
 from .calls import Call
 
 LEAST_ROUNDS = 5
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""Time that passes, or time that this process runs: on one thread of a busy CPU, the one tells little."""
 
 
 class Spread(NamedTuple):
@@ -31,6 +33,7 @@ def time_side_by_side(
     seconds: float = 60,
     least_seconds: float = 0.02,
     seed: int = 0,
+    clock: str = "wall",
 ) -> dict[str, list[float]]:
     """Seconds of one call of each in each round. Every round has all calls, in random order.
 
@@ -41,27 +44,28 @@ def time_side_by_side(
         seconds (`float`): About how long it may take in all. There are 5 rounds at the least, or as many as `rounds`.
         least_seconds (`float`): Short calls are repeated within a round until they take about this long.
         seed (`int`): Seed of the order.
+        clock (`str`): One of [`CLOCKS`].
     """
     order = random.Random(seed)
     for call in calls.values():
         call()  # warm-up: allocators, kernels, optimiser state, kept prefixes
-    once = {name: _seconds(call, 1, device) for name, call in calls.items()}
+    once = {name: _seconds(call, 1, device, clock) for name, call in calls.items()}
     repeats = max(1, round(least_seconds / max(once.values())))
     rounds = min(rounds, max(LEAST_ROUNDS, int(seconds / (repeats * sum(once.values())))))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name in order.sample(list(calls), len(calls)):
-            times[name].append(_seconds(calls[name], repeats, device) / repeats)
+            times[name].append(_seconds(calls[name], repeats, device, clock) / repeats)
     return times
 
 
-def _seconds(call: Call, repeats: int, device: torch.device) -> float:
+def _seconds(call: Call, repeats: int, device: torch.device, clock: str) -> float:
     synchronize(device)
-    start = time.perf_counter()
+    start = CLOCKS[clock]()
     for _ in range(repeats):
         call()
     synchronize(device)
-    return time.perf_counter() - start
+    return CLOCKS[clock]() - start
 
 
 def synchronize(device: torch.device) -> None:
