@@ -4,6 +4,7 @@ Importing this package registers the method with PEFT: `get_peft_model`, `PeftMo
 `model.add_adapter` then know [`E2VPTConfig`] and adapters of peft type `E2VPT`.
 """
 
+from .adapter import keep_prefixes
 from .config import E2VPTConfig
 from .layer import E2VPTLayer
 from .model import E2VPTModel
@@ -36,6 +37,7 @@ __all__ = [
     "PruningSummary",
     "__version__",
     "check_prefix",
+    "keep_prefixes",
     "prune_prompts",
     "push_model_card",
     "rewind_prompts",

@@ -14,6 +14,7 @@ from .attention.prefix import Prefix, WayIn, attending, is_traced_for_training
 from .attention.site import AttentionSite
 from .config import E2VPTConfig
 from .initialization import draw_prompts
+from .kept_prefixes import KeptPrefixes, KeptRows, Sources
 from .masks import PromptMasks
 from .mixed_batch import RoutedModulesToSave
 from .prompt_shapes import KV_PROMPTS, SEGMENT_MASK, VISUAL_PROMPTS, prompt_shapes
@@ -78,6 +79,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self.kept_prefixes = KeptPrefixes()
         self.passes = Passes()  # the tuner replaces it by one that all layers of the model share
         self.training = base_layer.training
         self.ways_in: list[WayIn] = []
@@ -177,7 +179,9 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         if prompts.dim() == 2:  # no segment is pruned, or whoever asks has put others in place of the parameter
             return prompts
         size = self._num_kept(adapter_name) * self.site.hidden_size
-        dense: torch.Tensor = prompts.new_zeros(size).index_copy(0, self.kept_components[adapter_name], prompts)
+        # On the meta device, prompts wait for their values; PEFT does not always leave buffers where they are, too.
+        components = self.kept_components[adapter_name].to(prompts.device)
+        dense: torch.Tensor = prompts.new_zeros(size).index_copy(0, components, prompts)
         return dense.view(-1, self.site.hidden_size)
 
     def set_visual_prompts(self, adapter_name: str, prompts: torch.Tensor) -> None:
@@ -190,7 +194,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             prompts (`torch.Tensor`): Values as [`full_prompts`] returns them.
         """
         masks = PromptMasks.of(self.adapter_configs[adapter_name])
-        values = prompts[masks.tokens.to(prompts.device)]
+        values = prompts[masks.tokens.nonzero()[:, 0].to(prompts.device)]  # numbers, which a GPU need not count
         components = masks.components(self.site.hidden_size)
         if components is not None:
             values = values.flatten()[components.to(values.device)]
@@ -218,26 +222,62 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
                 The batch size in the attention, a multiple of the number of samples in windowed models.
             dtype (`torch.dtype`): The type to compute in, for models without a norm in front of the attention.
         """
-        adapters = self._running_adapters()
-        samples = self._prompt_samples(batch_size)
+        current, adapters = self.passes.current, self._running_adapters()
+        kept = self._kept_rows([name for name in adapters if self._is_in_prefix(name)], dtype)
+        if current.route is not None:
+            if kept is None:
+                keys, values = zip(*self._compute_rows(adapters, self._prompt_samples(batch_size), dtype))
+                visible = current.route.visible([part.shape[1] for part in keys], batch_size, keys[0].device)
+                gathered = [current.route.gather(rows, batch_size) for rows in (keys, values)]
+                return Prefix(gathered[0], gathered[1], visible)
+            return kept.gather(current.route, [self._is_in_prefix(name) for name in adapters], batch_size)
+        rows = self._compute_rows(adapters, self._prompt_samples(batch_size), dtype) if kept is None else kept.parts()
+        prefix = Prefix(_cat([keys for keys, _ in rows]), _cat([values for _, values in rows]))
+        return prefix if current.edit_prefix is None else current.edit_prefix(self, prefix, batch_size)
+
+    def _compute_rows(self, adapters: list[str], samples: int, dtype: torch.dtype) -> list[KeysAndValues]:
+        """The rows of each adapter in the prefix, keys and values of (samples, number, heads, head size) each."""
         deep = {name: self._visual_prompts(name, samples) for name in adapters if self._has_deep_prompts(name)}
         projected = self._project(deep, dtype)
         kv_prompts = {name: self._kv_prompts(name, samples) for name in adapters if name in self.e2vpt_kv_prompts}
         parts = [[kind[name] for kind in (projected, kv_prompts) if name in kind] for name in adapters]
         no_rows = next(rows[0][0] for rows in parts if rows)[:, :0]
-        keys, values = [], []
+        joined = []
         for rows in parts:
             rows = rows or [(no_rows, no_rows)]
             dtype = rows[0][0].dtype
-            keys.append(_cat([row[0].to(dtype) for row in rows]))
-            values.append(_cat([row[1].to(dtype) for row in rows]))
-        current = self.passes.current
-        if current.route is None:
-            prefix = Prefix(_cat(keys), _cat(values))
-            return prefix if current.edit_prefix is None else current.edit_prefix(self, prefix, batch_size)
-        route, lengths = current.route, [part.shape[1] for part in keys]
-        visible = route.visible(lengths, batch_size, keys[0].device)
-        return Prefix(route.gather(keys, batch_size), route.gather(values, batch_size), visible)
+            joined.append((_cat([row[0].to(dtype) for row in rows]), _cat([row[1].to(dtype) for row in rows])))
+        return joined
+
+    def _kept_rows(self, adapters: list[str], dtype: torch.dtype) -> KeptRows | None:
+        """The rows of adapters as an earlier inference has left them; `None` if they cannot be kept."""
+        if self.training or torch.is_grad_enabled():
+            return None
+
+        def compute(names: list[str]) -> list[KeysAndValues]:
+            return [(keys[0], values[0]) for keys, values in self._compute_rows(names, 1, dtype)]
+
+        return self.kept_prefixes.rows({name: self._sources(name) for name in adapters}, dtype, compute)
+
+    def _sources(self, adapter_name: str) -> Sources:
+        """All that the rows of an adapter in the prefix are computed of."""
+        containers: list[Prompts] = []
+        modules: list[nn.Module] = []
+        tensors: list[torch.Tensor] = []
+        if self._has_deep_prompts(adapter_name):
+            containers.append(self.e2vpt_visual_prompts)
+            if adapter_name in self.kept_components:
+                tensors.append(self.kept_components[adapter_name])
+            norm = self.site.norm
+            if isinstance(norm, RoutedModulesToSave):
+                norm = norm.module_for(adapter_name)
+            modules = [*([] if norm is None else [norm]), *self.site.projections()]
+        if adapter_name in self.e2vpt_kv_prompts:
+            containers.append(self.e2vpt_kv_prompts)
+        tensors += [prompts[adapter_name] for prompts in containers]
+        # Whoever replaces the forward of a container (accelerate's offloading) has other parameters for each call.
+        modules += [prompts for prompts in containers if "forward" in vars(prompts)]
+        return Sources(modules, tensors)
 
     def num_inserted_tokens(self) -> int:
         """The number of shallow visual prompts that the running forward pass inserts in front of this layer."""
@@ -351,6 +391,22 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> Any:
         # An attention has no weight of its own: prompts go where its key projection is.
         return super()._get_base_layer_device_and_dtype(getattr(base_layer, self.site.key_projection))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete the prompts of an adapter."""
+        super().delete_adapter(adapter_name)
+        self.kept_prefixes.forget()
+
+    def train(self, mode: bool = True) -> E2VPTLayer:
+        """Change to training, or to evaluation, and forget kept prefixes in any case."""
+        self.kept_prefixes.forget()
+        super().train(mode)
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> E2VPTLayer:
+        self.kept_prefixes.forget()  # of another type, or on another device
+        super()._apply(*args, **kwargs)
+        return self
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         """Always raises: prompts cannot be merged into weights."""

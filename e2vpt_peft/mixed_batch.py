@@ -4,7 +4,7 @@ adapter."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
@@ -33,6 +33,15 @@ class RoutedModulesToSave(ModulesToSaveWrapper):
     is_in_block: bool
     """Whether it is in a block of an adapted tower, where samples have been counted, and may be cut into windows."""
 
+    def module_for(self, adapter_name: str) -> nn.Module:
+        """The copy that the running pass sends the samples of an adapter through."""
+        names = [adapter_name]
+        if self.passes.current.route is None:  # all go through that of the first adapter, as ever in PEFT
+            names = self.active_adapters if all(name in self._adapters for name in self.active_adapters) else []
+        copies: nn.ModuleDict = self.modules_to_save
+        original: nn.Module = self.original_module
+        return original if self.disable_adapters or not names or names[0] not in copies else copies[names[0]]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         route = self.passes.current.route
         if route is None or self.disable_adapters:
@@ -52,7 +61,25 @@ class RoutedModulesToSave(ModulesToSaveWrapper):
             copies[name] if name in copies else self.original_module  # noqa: SIM401  (a ModuleDict has no get)
             for name in route.adapters
         ]
+        if args[0].dim() == 2 and _are_alike(modules):
+            biases = None if modules[0].bias is None else [module.bias for module in modules]
+            return route.dispatch_linear(args[0], [module.weight for module in modules], biases)
         return route.dispatch(args[0], modules)
+
+
+def _are_alike(modules: Sequence[nn.Module]) -> TypeGuard[Sequence[nn.Linear]]:
+    """Whether modules are linear layers of the same size, and nobody notices that they are not called."""
+    first = modules[0]
+    return all(
+        type(module) is nn.Linear
+        and "forward" not in vars(module)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and module.weight.shape == first.weight.shape
+        and module.weight.dtype == first.weight.dtype
+        and (module.bias is None) == (first.bias is None)
+        for module in modules
+    )
 
 
 class SampleCount(WayIn):

@@ -39,6 +39,7 @@ class Route:
         self.num_samples = sum(self.counts)
         self.copies = copies
         self.doubt = doubt
+        self._known: dict[tuple[object, ...], torch.Tensor] = {}
 
     def check(self, batch_size: int, where: str) -> None:
         """Refuse a batch, outside of windows, that the names are not for.
@@ -85,8 +86,34 @@ class Route:
         """
         if min(lengths) == max(lengths):
             return None
-        own = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
-        return own.to(device).index_select(0, self._index(batch_size, device))
+
+        def compute() -> torch.Tensor:
+            own = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+            return own.to(device).index_select(0, self._index(batch_size, device))
+
+        return self._once(("visible", *lengths, batch_size, device), compute)
+
+    def row_index(
+        self, starts: Sequence[int], lengths: Sequence[int], batch_size: int, device: torch.device
+    ) -> torch.Tensor:
+        """Where the rows of each sample are, if those of all adapters lie in one tensor.
+
+        Args:
+            starts, lengths (`Sequence[int]`): For each of `adapters`, its first row, and how many it has.
+            batch_size (`int`): The batch size where they are used.
+            device (`torch.device`): Where to put the result.
+
+        Returns:
+            `torch.Tensor`: (batch size times largest number of rows,), 0 for what a sample has not.
+        """
+
+        def compute() -> torch.Tensor:
+            first, count = torch.tensor([starts, lengths])[:, :, None]
+            place = torch.arange(max(lengths))[None]
+            index = torch.where(place < count, first + place, 0)
+            return index.to(device).index_select(0, self._index(batch_size, device)).flatten()
+
+        return self._once(("rows", *starts, *lengths, batch_size, device), compute)
 
     def dispatch(
         self, states: torch.Tensor, modules: Sequence[Callable[[torch.Tensor], torch.Tensor]]
@@ -115,5 +142,36 @@ class Route:
             )
         return torch.cat(outputs).index_select(0, order.argsort())
 
+    def dispatch_linear(
+        self, states: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None
+    ) -> torch.Tensor:
+        """[`dispatch`] for linear layers of the same size, as one product: each sample goes through all of them.
+
+        For a head that is little work. One product for each adapter is many small ones, and their sizes would be
+        constants of a compiled model.
+
+        Args:
+            states (`torch.Tensor`): The input, of shape (batch size, features).
+            weights (`Sequence[torch.Tensor]`): For each of `adapters`, its weight, (outputs, features).
+            biases (`Optional[Sequence[torch.Tensor]]`): Likewise, (outputs,).
+
+        Returns:
+            `torch.Tensor`: (batch size, outputs).
+        """
+        bias = None if biases is None else torch.cat(list(biases))
+        outputs: torch.Tensor = F.linear(states, torch.cat(list(weights)), bias).unflatten(-1, (len(weights), -1))
+        index = self._index(states.shape[0], states.device)
+        return outputs.gather(1, index[:, None, None].expand(-1, 1, outputs.shape[-1])).squeeze(1)
+
     def _index(self, batch_size: int, device: torch.device) -> torch.Tensor:
-        return self.index.to(device).repeat_interleave(batch_size // self.num_samples)
+        windows = batch_size // self.num_samples
+        index = self.index.to(device)
+        return index if windows == 1 else index.repeat_interleave(windows)
+
+    def _once(self, key: tuple[object, ...], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What all layers ask for, computed for the first one."""
+        if torch.compiler.is_compiling():  # a graph has each thing once by itself, and should change nothing outside
+            return compute()
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]

@@ -87,6 +87,11 @@ class AttentionSite:
         """
         return None if self.norm_owner is None else getattr(self.norm_owner, self.norm_name)
 
+    def projections(self) -> list[nn.Module]:
+        """The modules that make keys and values of normed states, and the norm of keys if there is one."""
+        names = {self.key_projection, self.value_projection, self.key_norm or self.key_projection}
+        return [self._part(name) for name in sorted(names)]
+
     def normalize(self, states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Put states through the norm in front of the attention.
 

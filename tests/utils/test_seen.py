@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from e2vpt_peft.utils.seen import SeenModule, SeenTensor, can_be_seen, is_plain
+
+SHAPES = [(5,), (10, 384), (2, 6, 5, 64), (768, 768)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_an_untouched_tensor_is_still_what_it_was(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor = nn.Parameter(torch.randn(shape, dtype=dtype))
+    tensor.data[..., 0] = float("nan")
+    seen = SeenTensor(tensor)
+    assert seen.is_still(tensor)
+    with torch.inference_mode():
+        assert seen.is_still(tensor)
+
+
+def add(tensor: torch.Tensor) -> None:
+    with torch.no_grad():
+        tensor[..., -1:] += 1
+
+
+def add_in_inference_mode(tensor: torch.Tensor) -> None:
+    with torch.inference_mode():
+        tensor[..., -1:] += 1
+
+
+def add_through_data(tensor: torch.Tensor) -> None:
+    tensor.data += 1
+
+
+def set_data(tensor: torch.Tensor) -> None:
+    tensor.data = tensor.data.clone()
+
+
+@pytest.mark.parametrize("change", [add, add_in_inference_mode, add_through_data, set_data])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_changed_tensor_is_not(change: Callable[[torch.Tensor], None], shape: tuple[int, ...]) -> None:
+    tensor = nn.Parameter(torch.randn(shape))
+    seen = SeenTensor(tensor)
+    change(tensor)
+    assert not seen.is_still(tensor)
+
+
+def test_another_tensor_is_not_the_one_that_was_seen() -> None:
+    tensor = torch.randn(3, 8)
+    seen = SeenTensor(tensor)
+    assert not seen.is_still(tensor.clone())
+    assert not seen.is_still(tensor.detach())  # of the same memory
+    assert not seen.is_still(None)
+
+
+def test_a_tensor_that_is_gone_is_not_taken_for_a_missing_one() -> None:
+    seen = SeenTensor(torch.randn(3, 8))
+    assert not seen.is_still(None)
+
+
+@pytest.mark.parametrize("segment", range(16))
+def test_each_prompt_and_each_segment_of_it_is_looked_at(segment: int) -> None:
+    for hidden_size in (192, 384, 768, 1024, 1280):
+        tensor = nn.Parameter(torch.randn(12, hidden_size))
+        seen = SeenTensor(tensor)
+        tensor.data[7, segment::16] = 0
+        assert not seen.is_still(tensor)
+
+
+@pytest.mark.parametrize(("hidden_size", "head_size"), [(192, 64), (384, 64), (768, 64), (1024, 64), (1280, 80)])
+def test_each_head_of_a_projection_is_looked_at(hidden_size: int, head_size: int) -> None:
+    tensor = nn.Parameter(torch.randn(hidden_size, hidden_size))
+    for start in range(0, hidden_size, head_size):
+        for place in ((slice(start, start + head_size),), (slice(None), slice(start, start + head_size))):
+            seen = SeenTensor(tensor)
+            tensor.data[place] *= 2
+            assert not seen.is_still(tensor), (start, place)
+
+
+def replace_forward(module: Any) -> None:
+    module.forward = lambda states: states
+
+
+def remove_bias(module: Any) -> None:
+    module.bias = None
+
+
+def widen(module: Any) -> None:
+    module.eps = 0.5
+
+
+def change_weight(module: Any) -> None:
+    with torch.no_grad():
+        module.weight *= 2
+
+
+def compute_weight(module: Any) -> None:
+    nn.utils.parametrizations.spectral_norm(module)
+
+
+def subclass(module: Any) -> None:
+    module.__class__ = type("LayerNorm", (type(module),), {})
+
+
+def put_parts_in(module: Any) -> None:
+    module.part = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LayerNorm(8), lambda: nn.Linear(8, 8)], ids=["norm", "linear"])
+@pytest.mark.parametrize(
+    "change", [replace_forward, remove_bias, widen, change_weight, compute_weight, subclass, put_parts_in]
+)
+def test_a_module_that_would_compute_something_else_is_not_still_the_same(
+    make: Callable[[], nn.Module], change: Callable[[Any], None]
+) -> None:
+    module = make()
+    seen = SeenModule(module)
+    assert seen.is_still(module)
+    assert not seen.is_still(make())
+    change(module)
+    assert not seen.is_still(module)
+
+
+def test_only_what_depends_on_nothing_else_is_plain() -> None:
+    assert is_plain(nn.LayerNorm(8))
+    assert is_plain(nn.LayerNorm(8, elementwise_affine=False))
+    assert is_plain(nn.Identity())
+    assert not is_plain(nn.BatchNorm1d(8))
+    assert not is_plain(nn.Sequential(nn.Linear(2, 2)))
+    assert not is_plain(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    with pytest.warns(FutureWarning):
+        old = torch.nn.utils.weight_norm(nn.Linear(2, 2))
+    assert not is_plain(old)
+
+
+def test_tensors_with_ways_of_their_own_cannot_be_seen() -> None:
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        assert not can_be_seen(torch.empty(2))
+    with torch.inference_mode():
+        assert not can_be_seen(torch.empty(2))
+    assert can_be_seen(nn.Parameter(torch.empty(2)))
+    assert can_be_seen(None)
