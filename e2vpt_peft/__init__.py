@@ -9,6 +9,7 @@ from .config import E2VPTConfig
 from .layer import E2VPTLayer
 from .model import E2VPTModel
 from .model_card import CardDetails, push_model_card, write_model_card
+from .optimizer import PromptOptimizerFactory, create_optimizer
 from .pruning import (
     PromptScores,
     PruningSummary,
@@ -31,12 +32,14 @@ __all__ = [
     "E2VPTTrainer",
     "E2VPTType",
     "ModelCardTrainer",
+    "PromptOptimizerFactory",
     "PromptScores",
     "PruningArguments",
     "PruningConfig",
     "PruningSummary",
     "__version__",
     "check_prefix",
+    "create_optimizer",
     "keep_prefixes",
     "prune_prompts",
     "push_model_card",

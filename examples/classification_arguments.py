@@ -77,6 +77,13 @@ class ModelArguments:
         default=None,
         metadata={"help": "Learning rate for 256 images a step; sets learning_rate in proportion to the batch size."},
     )
+    visual_prompt_lr_ratio: Optional[float] = field(
+        default=None,
+        metadata={"help": "Give visual prompts so many times learning_rate, see e2vpt_peft.create_optimizer."},
+    )
+    kv_prompt_lr_ratio: Optional[float] = field(
+        default=None, metadata={"help": "Give key-value prompts so many times learning_rate, likewise."}
+    )
 
 
 @dataclass

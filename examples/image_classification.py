@@ -37,12 +37,20 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     PreTrainedModel,
+    Trainer,
     TrainingArguments,
     set_seed,
 )
 from transformers.trainer_utils import EvalPrediction, SaveStrategy
 
-from e2vpt_peft import E2VPTConfig, E2VPTTrainer, ModelCardTrainer, PruningConfig, to_rgb
+from e2vpt_peft import (
+    E2VPTConfig,
+    E2VPTTrainer,
+    ModelCardTrainer,
+    PromptOptimizerFactory,
+    PruningConfig,
+    to_rgb,
+)
 from e2vpt_peft.trainer import last_whole_checkpoint
 
 
@@ -214,6 +222,12 @@ def make_trainer(
         "compute_metrics": metric,
         "processing_class": processor,
     }
+    ratios = {name: getattr(args.model, name) for name in ("visual_prompt_lr_ratio", "kv_prompt_lr_ratio")}
+    ratios = {name: ratio for name, ratio in ratios.items() if ratio is not None}
+    if ratios:  # else one rate for all, by Trainer's own optimizer
+        optimizer_cls, settings = Trainer.get_optimizer_cls_and_kwargs(args.training)
+        settings = {**settings, "weight_decay": args.training.weight_decay, **ratios}
+        options["optimizer_cls_and_kwargs"] = (PromptOptimizerFactory, {"optimizer_cls": optimizer_cls, **settings})
     if not args.pruning.prune:
         if TOGETHER in data:
             options.update(train_dataset=data[TOGETHER], eval_dataset=data["test"])

@@ -29,7 +29,7 @@ from progress import show_one_bar
 from transformers import AutoImageProcessor, HfArgumentParser, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
-from e2vpt_peft import E2VPTConfig
+from e2vpt_peft import E2VPTConfig, create_optimizer
 
 
 @dataclass
@@ -49,12 +49,14 @@ class QuickstartArguments:
     )
     epochs: int = field(default=30, metadata={"help": "Epochs, for both methods."})
     batch_size: int = field(default=32, metadata={"help": "Training batch size, for both methods."})
-    learning_rate: float = field(default=3e-2, metadata={"help": "Peak learning rate of visual prompts (AdamW)."})
-    kv_learning_rate: float = field(
-        default=3e-1, metadata={"help": "Peak learning rate of key-value prompts (AdamW)."}
+    learning_rate: float = field(
+        default=3e-2, metadata={"help": "Peak learning rate of visual prompts and of the head beside them (AdamW)."}
     )
-    head_learning_rate: float = field(
-        default=1e-1, metadata={"help": "Peak learning rate of the head (AdamW), for both methods."}
+    kv_prompt_lr_ratio: float = field(
+        default=10.0, metadata={"help": "How many times learning_rate key-value prompts have."}
+    )
+    probe_learning_rate: float = field(
+        default=1e-1, metadata={"help": "Peak learning rate of the linear probe (AdamW)."}
     )
     augmentation: float = field(
         default=0.08, metadata={"help": "Strength of random affine distortions in training, for both methods."}
@@ -80,18 +82,14 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def make_trainer(
-    title: str, model: torch.nn.Module, args: QuickstartArguments, train: Dataset, test: Dataset
+    title: str,
+    model: torch.nn.Module,
+    args: QuickstartArguments,
+    train: Dataset,
+    test: Dataset,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Trainer:
-    """A plain Trainer, the same for both methods. Head and both kinds of prompts have their own learning rates."""
-    rates = {
-        HEAD: args.head_learning_rate,
-        "e2vpt_visual_prompts": args.learning_rate,
-        "e2vpt_kv_prompts": args.kv_learning_rate,
-    }
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    groups = [{"params": [p for name, p in trainable.items() if part in name], "lr": lr} for part, lr in rates.items()]
-    groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, weight_decay=1e-4) if groups else None  # a loaded adapter is not trained
+    """A plain Trainer, the same for both methods but for the learning rate."""
     training_args = TrainingArguments(
         output_dir=args.output_dir,
         num_train_epochs=args.epochs,
@@ -123,7 +121,8 @@ def linear_probe(args: QuickstartArguments, label: ClassLabel, train: Dataset, t
     model = load_backbone(args.model, label, args.seed)
     model.requires_grad_(False)
     model.get_submodule(HEAD).requires_grad_(True)
-    trainer = make_trainer("linear probe", model, args, train, test)
+    optimizer = create_optimizer(model, lr=args.probe_learning_rate, weight_decay=1e-4)
+    trainer = make_trainer("linear probe", model, args, train, test, optimizer)
     trainer.train()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
@@ -140,7 +139,10 @@ def e2vpt(args: QuickstartArguments, label: ClassLabel, train: Dataset, test: Da
         modules_to_save=[HEAD],
     )
     model = get_peft_model(load_backbone(args.model, label, args.seed), config)
-    trainer = make_trainer("E²VPT       ", model, args, train, test)
+    optimizer = create_optimizer(
+        model, lr=args.learning_rate, kv_prompt_lr_ratio=args.kv_prompt_lr_ratio, weight_decay=1e-4
+    )
+    trainer = make_trainer("E²VPT       ", model, args, train, test, optimizer)
     trainer.train()
     logits, _, metrics = trainer.predict(test)
     model.save_pretrained(args.output_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,15 @@ def check_integer(name: str, value: Any, at_least: int, optional: bool = False) 
 def is_number(value: Any) -> bool:
     """Whether a value is an integer or a floating-point number, and no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_positive(name: str, value: Any, or_zero: bool = False) -> None:
+    """Refuse what is no finite number above 0; `or_zero` allows 0 as well."""
+    allowed = "0 or more" if or_zero else "above 0"
+    if not is_number(value):
+        raise TypeError(f"{name}={value!r} must be a number, {allowed}.")
+    if not (0 < value < math.inf or (or_zero and value == 0)):
+        raise ValueError(f"{name}={value!r} must be {allowed}, and finite.")
 
 
 def check_probability(name: str, value: Any) -> None:

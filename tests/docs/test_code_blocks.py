@@ -126,12 +126,12 @@ def check_script(command: str, words: list[str]) -> None:
         if not words[0].startswith("examples."):
             return
     else:
-        assert (ROOT / words[0]).is_file(), f"{command}: no such file"
+        assert (ROOT / words[0]).exists(), f"{command}: no such file"
         assert not words[0].startswith("examples/benchmarks/"), f"{command}: these are modules, to run with -m"
     script = words[0]
     for word in words[1:]:
         if word.startswith("examples/"):
-            assert (ROOT / word).is_file(), f"{command}: no such file {word}"
+            assert (ROOT / word).exists(), f"{command}: no such file {word}"
     options = {word.split("=")[0] for word in words if word.startswith("--")}
     if options:
         known = set(re.findall(r"--[\w-]+", help_of(script)))

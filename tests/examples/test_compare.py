@@ -250,6 +250,20 @@ def test_training_repeats_and_changes_trainable_parameters_alone(plan: Any, colo
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
+@pytest.mark.parametrize("ratio", [None, 4.0])
+def test_key_value_prompts_have_the_rate_of_the_method(ratio: Any, plan: Any, colours: Any, tmp_path: Path) -> None:
+    bench = protocol.Bench(colours, plan, records.Store(tmp_path / "out.jsonl"))
+    method = methods.e2vpt(kv_lr_ratio=ratio)
+    trial = protocol.Trial(method, "validation", 0.5, 0.1, 0, None, 1)
+    model = bench.build(method, seed=0)
+    optimizer = training.make_optimizer(model, bench.optimisation(trial), torch.device("cpu"))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len([p for p in model.parameters() if p.requires_grad])
+    for name, rate in rates.items():
+        assert rate == (0.5 * (ratio or 1) if "e2vpt_kv_prompts" in name else 0.5), name
+
+
 def test_probe_on_features_agrees_with_the_whole_model(plan: Any, colours: Any, tmp_path: Path) -> None:
     bench = protocol.Bench(colours, plan, records.Store(tmp_path / "out.jsonl"))
     model = bench.build_backbone(0).eval()
@@ -284,7 +298,7 @@ def test_what_is_the_same_has_one_name_in_all_tables() -> None:
     for method in (method for variants in ablations.ABLATIONS.values() for method in variants):
         if isinstance(method.adapt, partial) and method.adapt.func is methods.add_prompts:
             options = {"num_visual_prompts": 10, "num_kv_prompts": 5, **method.adapt.keywords}
-            what = (sorted(options.items()), method.pruning, method.variants)
+            what = (sorted(options.items()), method.pruning, method.variants, method.kv_lr_ratio)
             names.setdefault(str(what), set()).add(method.name)
     assert all(len(found) == 1 for found in names.values()), "so that its trainings are shared"
 
@@ -588,7 +602,7 @@ def test_where_chooses_results(files: list[str], tmp_path: Path) -> None:
         report.main([*files, f"--plot={tmp_path / 'plot.png'}"])
     text = report.main([*files, "--where", "model=m", "task=a,b", f"--plot={tmp_path / 'plot.png'}"])
     assert "Backbone m," in text and "other" not in text and (tmp_path / "plot.png").stat().st_size > 0
-    with pytest.raises(ValueError, match=r"where has task=c, but the results have \['a', 'b'\]"):
-        report.main([*files, "--where", "task=a,c"])
+    with pytest.raises(ValueError, match=r"where has task=d, but the results have \['a', 'b', 'c'\]"):
+        report.main([*files, "--where", "task=a,d"])
     with pytest.raises(ValueError, match="where has tasks=a, but the results have no such setting"):
         report.main([*files, "--where", "tasks=a"])

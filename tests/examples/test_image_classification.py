@@ -325,6 +325,22 @@ def test_papers_optimiser(recipe: str, batch: int, backbone: Path, data: Path, t
     assert args.training.max_grad_norm == 0
 
 
+@pytest.mark.parametrize("prune", [False, True])
+def test_kinds_of_prompts_have_their_own_rates_if_told_so(prune: bool, options: list[str]) -> None:
+    args = script.parse([*options, "--learning_rate=0.5", "--kv_prompt_lr_ratio=4", f"--prune={prune}", "--optim=sgd"])
+    script.settle(args)
+    splits = script.load_splits(args.data)
+    backbone = script.load_backbone(args.model, splits["train"].features["label"])
+    model = script.adapt(backbone, args.model, args.prompts, True)
+    trainer = script.make_trainer(args, model, script.load_processor(args.model, args.data), splits, dict)
+    optimizer = trainer.create_optimizer()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(p)].split(".")[-2]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert type(optimizer) is torch.optim.SGD
+    assert rates["e2vpt_kv_prompts"] == 4 * rates["default"] == 2.0, "four times that of the head"
+    assert rates["e2vpt_visual_prompts"] == rates["default"], "the default of create_optimizer"
+
+
 # Augmentation and preprocessing
 
 

@@ -98,4 +98,5 @@ TRAINER_KEYWORDS = (
     "callbacks",
     "final_train_dataset",
     "optimizers",
+    "optimizer_cls_and_kwargs",
 )

@@ -6,6 +6,7 @@ from e2vpt_peft.utils.fields import (
     check_choice,
     check_integer,
     check_module_names,
+    check_positive,
     check_probability,
     check_type,
     is_number,
@@ -16,6 +17,12 @@ CASES = [
     (lambda: check_integer("n", 2.0, at_least=1), TypeError, "n=2.0 must be an integer, 1 or more."),
     (lambda: check_integer("n", True, at_least=0), TypeError, "n=True must be an integer, 0 or more."),
     (lambda: check_integer("n", None, at_least=0), TypeError, "n=None must be an integer, 0 or more."),
+    (lambda: check_positive("p", "1"), TypeError, "p='1' must be a number, above 0."),
+    (lambda: check_positive("p", True, or_zero=True), TypeError, "p=True must be a number, 0 or more."),
+    (lambda: check_positive("p", 0), ValueError, "p=0 must be above 0, and finite."),
+    (lambda: check_positive("p", float("inf")), ValueError, "p=inf must be above 0, and finite."),
+    (lambda: check_positive("p", float("nan")), ValueError, "p=nan must be above 0, and finite."),
+    (lambda: check_positive("p", -1e-9, or_zero=True), ValueError, "p=-1e-09 must be 0 or more, and finite."),
     (lambda: check_probability("p", "0.1"), TypeError, "p='0.1' must be a number in [0, 1)."),
     (lambda: check_probability("p", True), TypeError, "p=True must be a number in [0, 1)."),
     (lambda: check_probability("p", 1), ValueError, "p=1 must be in [0, 1): "),
@@ -44,6 +51,8 @@ def test_an_error_names_the_field_its_value_and_what_is_allowed(check, error, wo
 def test_what_is_allowed_passes():
     check_integer("n", 1, at_least=1)
     check_integer("n", None, at_least=1, optional=True)
+    check_positive("p", 1e-9)
+    check_positive("p", 0, or_zero=True)
     check_probability("p", 0)
     check_probability("p", 0.999)
     check_type("t", "a", str, "a string")

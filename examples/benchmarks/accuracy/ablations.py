@@ -5,6 +5,8 @@ Where the default is one of the variants, it has the name it has among the metho
 
 from __future__ import annotations
 
+from typing import Any
+
 from e2vpt_peft.pruning import SCORING_METHODS
 
 from .methods import METHODS, Method, Pruning, choose, e2vpt
@@ -23,6 +25,8 @@ def key_value(number: int) -> Method:
     return e2vpt(f"{number} key-value", num_kv_prompts=number)
 
 
+KEY_VALUE: dict[str, Any] = {"num_visual_prompts": 0, "num_kv_prompts": 20, "share_kv_prompts": False}
+
 ABLATIONS: dict[str, tuple[Method, ...]] = {
     "methods": METHODS,
     "components": (
@@ -38,6 +42,12 @@ ABLATIONS: dict[str, tuple[Method, ...]] = {
     "kv_prompts": tuple(VPT if n == 0 else E2VPT if n == 5 else key_value(n) for n in (0, 1, 5, 10, 20)),
     "same_size": (VPT, visual(5), E2VPT),
     "sharing": (E2VPT, e2vpt("separate K and V", share_kv_prompts=False)),
+    "rates": (
+        E2VPT,
+        e2vpt("20 separate key-value", **KEY_VALUE),
+        e2vpt("20 separate key-value, own rates", kv_lr_ratio=10, **KEY_VALUE),
+        *choose(METHODS, ["E²VPT, more prompts", "E²VPT, more prompts, own rates", "LoRA"]),
+    ),
     "initialisation": (E2VPT, e2vpt("truncated normal", init_weights="trunc_normal")),
     "dropout": (
         E2VPT,

@@ -45,6 +45,7 @@ class Method:
         cached (`bool`): Only the head is trained, so that features are computed once.
         variants (`tuple[Mapping]`): Options of `adapt` that are searched together with the learning rate.
         variant (`Mapping`, *optional*): The one of them that this is.
+        kv_lr_ratio (`float`, *optional*): See [`training.Optimisation`].
     """
 
     name: str
@@ -55,6 +56,7 @@ class Method:
     cached: bool = False
     variants: tuple[Mapping[str, Any], ...] = ()
     variant: Mapping[str, Any] | None = None
+    kv_lr_ratio: float | None = None
 
     @property
     def searched_as(self) -> str:
@@ -97,10 +99,12 @@ def e2vpt(
     pruning: Pruning | None = None,
     same_search: str | None = None,
     learning_rate: float = 3e-2,
+    kv_lr_ratio: float | None = None,
     **options: Any,
 ) -> Method:
     """A variant of E²VPT."""
-    return Method(name, learning_rate, partial(add_prompts, **options), pruning, same_search)
+    adapt = partial(add_prompts, **options)
+    return Method(name, learning_rate, adapt, pruning, same_search, kv_lr_ratio=kv_lr_ratio)
 
 
 MORE_PROMPTS: dict[str, Any] = {"num_visual_prompts": 50, "num_kv_prompts": 20, "share_kv_prompts": False}
@@ -128,6 +132,7 @@ METHODS = (
     e2vpt("E²VPT"),
     e2vpt("E²VPT, pruned", pruning=Pruning(), same_search="E²VPT"),
     e2vpt("E²VPT, more prompts", learning_rate=1e-2, **MORE_PROMPTS),
+    e2vpt("E²VPT, more prompts, own rates", learning_rate=1e-2, kv_lr_ratio=10, **MORE_PROMPTS),
     replace(e2vpt("E²VPT, prompts searched", learning_rate=1e-2), variants=({}, MORE_PROMPTS)),
 )
 

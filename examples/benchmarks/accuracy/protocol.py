@@ -277,6 +277,7 @@ class Trainings:
             self.plan.batch_size,
             trial.seed,
             self.plan.precision,
+            trial.method.kv_lr_ratio,
         )
 
     def measure(

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
+from e2vpt_peft import create_optimizer
 from examples.data_and_backbone import HEAD
 
 from .checkpoints import Progress
@@ -29,6 +31,9 @@ class Optimisation:
         epochs, batch_size (`int`): How long, and how many images a step. A tenth of the steps is warm-up, then cosine.
         seed (`int`): Of the order of images, dropout and cropping.
         precision (`str`): See [`autocast`].
+        kv_lr_ratio (`float`, *optional*):
+            How many times the learning rate key-value prompts have. Prompts do not decay then, see
+            [`~e2vpt_peft.create_optimizer`].
     """
 
     optimizer: str
@@ -38,6 +43,7 @@ class Optimisation:
     batch_size: int
     seed: int
     precision: str = "float32"
+    kv_lr_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -114,15 +120,20 @@ def train(
 
 def make_optimizer(model: nn.Module, how: Optimisation, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer of all that is trainable."""
+    sgd = how.optimizer == "sgd"
+    optimizer_cls: Any = torch.optim.SGD if sgd else torch.optim.AdamW
+    options = {"lr": how.learning_rate, "fused": device.type == "cuda", **({"momentum": 0.9} if sgd else {})}
+    if how.kv_lr_ratio is not None:
+        return create_optimizer(
+            model, optimizer_cls, kv_prompt_lr_ratio=how.kv_lr_ratio, weight_decay=how.weight_decay, **options
+        )
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for name, p in trainable if not name.endswith("bias")], "weight_decay": how.weight_decay},
         {"params": [p for name, p in trainable if name.endswith("bias")], "weight_decay": 0.0},
     ]
-    fused = device.type == "cuda"
-    if how.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=how.learning_rate, momentum=0.9, fused=fused)
-    return torch.optim.AdamW(groups, lr=how.learning_rate, fused=fused)
+    optimizer: torch.optim.Optimizer = optimizer_cls(groups, **options)
+    return optimizer
 
 
 def batches(images: Images, preprocessing: Preprocessing) -> Iterator[dict[str, torch.Tensor]]:

@@ -1,0 +1,136 @@
+"""What was tried to make prompts cheaper, against what the package does.
+
+    python -m examples.benchmarks.alternatives --threads 1
+
+1. Attention over the sequence and over the prefix, joined by their log-sum-exp, in place of one attention over both:
+   `o = (1 - a) o_s + a o_p` with `a = sigmoid(lse_p - lse_s)`, which is exact. It spares the copy of keys and values.
+2. Where the time of dropout on visual prompts goes: each sample has prompts of its own, and projects them.
+
+Times are those of the process on the CPU, as ratios, medians over rounds in which all take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+def bare(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *prefix: torch.Tensor) -> torch.Tensor:
+    """Attention without a prefix."""
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+def concatenated(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """As the package does it."""
+    size = len(query)
+    key = torch.cat([keys.expand(size, -1, -1, -1), key.transpose(1, 2)], 1).transpose(1, 2)
+    value = torch.cat([values.expand(size, -1, -1, -1), value.transpose(1, 2)], 1).transpose(1, 2)
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+def joined(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """Two attentions by the kernel of the CPU, joined."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    size = len(query)
+    own, own_lse = attend(query, key, value)
+    other, other_lse = attend(
+        query, keys.transpose(1, 2).expand(size, -1, -1, -1), values.transpose(1, 2).expand(size, -1, -1, -1)
+    )
+    share = torch.sigmoid(other_lse - own_lse).view(*query.shape[:3], 1)
+    return torch.lerp(own, other, share)
+
+
+def joined_by_products(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """The part of the prefix written out: two products, short as it is."""
+    own, own_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+    scores = (query @ keys.permute(0, 2, 3, 1)) * query.shape[-1] ** -0.5
+    lse = scores.logsumexp(-1, keepdim=True)
+    share = torch.sigmoid(lse - own_lse.view(lse.shape))
+    return own * (1 - share) + (scores - lse).exp().mul_(share) @ values.transpose(1, 2)
+
+
+def ratios(functions: list[Callable[[], object]], rounds: int) -> list[float]:
+    """Times of functions that take turns, over that of the first."""
+    times: list[list[float]] = [[] for _ in functions]
+    for function in functions:
+        function()
+    for _ in range(rounds):
+        for function, taken in zip(functions, times):
+            start = time.process_time()
+            function()
+            taken.append(time.process_time() - start)
+    return [statistics.median(map(float.__truediv__, taken, times[0])) for taken in times]
+
+
+@torch.inference_mode()
+def compare_joining(batch_size: int, rows: int, rounds: int, length: int = 197, heads: int = 6) -> list[float]:
+    """Concatenated, joined, and joined by products, over attention without a prefix."""
+    sequence = [torch.randn(batch_size, length, heads, 64).transpose(1, 2) for _ in range(3)]
+    prefix = [torch.randn(1, rows, heads, 64) for _ in range(2)]
+    ways = (bare, concatenated, joined, joined_by_products)
+    outputs = [way(*sequence, *prefix) for way in ways[1:]]
+    for output in outputs:
+        torch.testing.assert_close(output, outputs[0], rtol=1e-4, atol=1e-4)
+    return ratios([lambda way=way: way(*sequence, *prefix) for way in ways], rounds)[1:]  # type: ignore[misc]
+
+
+def share_dropout(prompts: int, rounds: int, batch_size: int = 32, hidden_size: int = 384) -> list[float]:
+    """The parts of the time that prompts with dropout take in one layer, forward and backward: drawing, norm and
+    projections."""
+    parameter = nn.Parameter(torch.randn(prompts, hidden_size))
+    norm = nn.LayerNorm(hidden_size).requires_grad_(False)
+    key, value = (nn.Linear(hidden_size, hidden_size).requires_grad_(False) for _ in range(2))
+
+    def drop() -> torch.Tensor:
+        return F.dropout(parameter.expand(batch_size, -1, -1), 0.1, True)
+
+    def run(*steps: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], object]:
+        def function() -> None:
+            states = drop()
+            for step in steps:
+                states = step(states)
+            states.sum().backward()
+
+        return function
+
+    whole, drawn, normed = ratios([run(norm, lambda states: key(states) + value(states)), run(), run(norm)], rounds)
+    return [drawn, normed - drawn, whole - normed]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--rows", type=int, nargs="+", default=[15, 105])
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    print("| images | rows of the prefix | concatenated | joined | joined by products |\n|---|---|---|---|---|")
+    for batch_size in args.batch_sizes:
+        for rows in args.rows:
+            cells = [f"{ratio:.2f}" for ratio in compare_joining(batch_size, rows, args.rounds)]
+            print(f"| {batch_size} | {rows} | {' | '.join(cells)} |", flush=True)
+    print("\n| visual prompts | drawing masks | norm | projections |\n|---|---|---|---|")
+    for prompts in (10, 50, 100):
+        cells = [f"{share:.0%}" for share in share_dropout(prompts, args.rounds)]
+        print(f"| {prompts} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+import pytest
+
+from examples.benchmarks.alternatives import compare_joining, main, share_dropout
+
+
+def test_the_ways_to_join_two_attentions_agree() -> None:
+    """Which the comparison checks itself."""
+    assert len(compare_joining(2, 5, rounds=1, length=9, heads=2)) == 3
+
+
+def test_the_parts_of_dropout_are_those_of_a_whole() -> None:
+    assert sum(share_dropout(4, rounds=1, batch_size=2, hidden_size=16)) == pytest.approx(1)
+
+
+def test_both_tables_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--rounds", "1", "--batch-sizes", "1", "--rows", "3"])
+    assert capsys.readouterr().out.count("| 1 | 3 |") == 1
