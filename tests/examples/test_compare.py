@@ -298,7 +298,7 @@ def test_what_is_the_same_has_one_name_in_all_tables() -> None:
     for method in (method for variants in ablations.ABLATIONS.values() for method in variants):
         if isinstance(method.adapt, partial) and method.adapt.func is methods.add_prompts:
             options = {"num_visual_prompts": 10, "num_kv_prompts": 5, **method.adapt.keywords}
-            what = (sorted(options.items()), method.pruning, method.variants)
+            what = (sorted(options.items()), method.pruning, method.variants, method.kv_lr_ratio)
             names.setdefault(str(what), set()).add(method.name)
     assert all(len(found) == 1 for found in names.values()), "so that its trainings are shared"
 
