@@ -26,12 +26,10 @@ class Sources(NamedTuple):
     Attributes:
         modules (`Sequence[nn.Module]`): Norms and projections.
         tensors (`Sequence[torch.Tensor]`): Prompts, and where they belong.
-        settings (`tuple`): What else matters, to be compared by value.
     """
 
     modules: Sequence[nn.Module]
     tensors: Sequence[torch.Tensor]
-    settings: tuple[object, ...]
 
     def can_be_seen(self) -> bool:
         """Whether any change of them is noticed."""
@@ -79,7 +77,6 @@ class _Kept(NamedTuple):
     length: int
     modules: list[SeenModule]
     tensors: list[SeenTensor]
-    settings: tuple[object, ...]
 
 
 class _Store:
@@ -115,7 +112,7 @@ class _Store:
         return [name for name, now in sources.items() if not self._is_still(self.kept.get(name), now, checked)]
 
     def _is_still(self, kept: _Kept | None, now: Sources, checked: dict[tuple[int, int], bool]) -> bool:
-        if kept is None or kept.settings != now.settings or len(kept.tensors) != len(now.tensors):
+        if kept is None or len(kept.tensors) != len(now.tensors):
             return False
         if not all(seen.is_still(tensor) for seen, tensor in zip(kept.tensors, now.tensors)):
             return False
@@ -171,7 +168,7 @@ class KeptPrefixes:
         device = next(iter(sources.values())).tensors[0].device
         if not self.enabled or _is_recorded(device):
             return None
-        key = (dtype, device, torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
+        key = (dtype, device, _autocast_type(device.type))
         store = self._stores.get(key)
         if store is None or store.changed(sources):
             if not all(now.can_be_seen() for now in sources.values()):
@@ -198,7 +195,7 @@ def _renew(
     if store is None or store.used + needed > store.storage.shape[1]:
         store = _larger(book, needed, set(names), next(iter(computed.values()))[0].to(dtype))
     for name, rows in computed.items():
-        store.kept[name] = _Kept(*store.append(rows), *seen[name], sources[name].settings)
+        store.kept[name] = _Kept(*store.append(rows), *seen[name])
     return store
 
 
@@ -213,6 +210,12 @@ def _larger(store: _Store, needed: int, replaced: set[str], example: torch.Tenso
         keys, values = store.storage[:, kept.start : kept.start + kept.length]
         larger.kept[name] = kept._replace(start=larger.append((keys, values))[0])
     return larger
+
+
+def _autocast_type(device_type: str) -> torch.dtype | None:
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
 
 
 def _is_recorded(device: torch.device) -> bool:

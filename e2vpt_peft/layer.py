@@ -179,7 +179,9 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         if prompts.dim() == 2:  # no segment is pruned, or whoever asks has put others in place of the parameter
             return prompts
         size = self._num_kept(adapter_name) * self.site.hidden_size
-        dense: torch.Tensor = prompts.new_zeros(size).index_copy(0, self.kept_components[adapter_name], prompts)
+        # On the meta device, prompts wait for their values; PEFT does not always leave buffers where they are, too.
+        components = self.kept_components[adapter_name].to(prompts.device)
+        dense: torch.Tensor = prompts.new_zeros(size).index_copy(0, components, prompts)
         return dense.view(-1, self.site.hidden_size)
 
     def set_visual_prompts(self, adapter_name: str, prompts: torch.Tensor) -> None:
@@ -192,7 +194,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             prompts (`torch.Tensor`): Values as [`full_prompts`] returns them.
         """
         masks = PromptMasks.of(self.adapter_configs[adapter_name])
-        values = prompts[masks.tokens.to(prompts.device)]
+        values = prompts[masks.tokens.nonzero()[:, 0].to(prompts.device)]  # numbers, which a GPU need not count
         components = masks.components(self.site.hidden_size)
         if components is not None:
             values = values.flatten()[components.to(values.device)]
@@ -275,7 +277,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         tensors += [prompts[adapter_name] for prompts in containers]
         # Whoever replaces the forward of a container (accelerate's offloading) has other parameters for each call.
         modules += [prompts for prompts in containers if "forward" in vars(prompts)]
-        return Sources(modules, tensors, (self.adapter_configs[adapter_name].share_kv_prompts,))
+        return Sources(modules, tensors)
 
     def num_inserted_tokens(self) -> int:
         """The number of shallow visual prompts that the running forward pass inserts in front of this layer."""

@@ -239,13 +239,10 @@ class E2VPTModel(BaseTuner):
                 active = others[:1]
                 warnings.warn(
                     f"Adapter {adapter_name} was active and is deleted. Setting active adapter to {active[0]}.",
-                    stacklevel=2,
+                    stacklevel=3,  # behind PeftModel.delete_adapter
                 )
             self.set_adapter(active)
-            super().delete_adapter(adapter_name)
-            self.active_adapter = active
-        else:
-            super().delete_adapter(adapter_name)
+        super().delete_adapter(adapter_name)
 
     @classmethod
     def _get_adapter_state_dict(

@@ -15,6 +15,11 @@ import e2vpt_peft  # noqa: F401  (registers the method)
 from .support.native import skipping_where_transformers_refuses_this_peft
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU with CUDA")
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)

@@ -1,17 +1,18 @@
-"""How the cost of E²VPT grows with prompts, image size, depth and adapters. Measures as `speed.py` does, beside it.
+"""How the cost of E²VPT grows with prompts, image size, depth and adapters. Measures as `speed.py` does.
 
     python -m examples.benchmarks.growth --plot growth.png
     python -m examples.benchmarks.growth --device cuda --dtype bfloat16 --batch-size 32 --plot growth.png
 
 One thing grows at a time, from ViT-B/16 with 10 visual and 5 key-value prompts. For each size: inference time against
-the bare backbone, peak memory of a training step against LoRA, the size of the adapter's file, the time to switch to
+the backbone, peak memory of a training step against LoRA, the size of the adapter's file, the time to switch to
 another adapter as a share of one inference, and the throughput of a batch that mixes adapters.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import dataclasses
+import functools
 import json
 import sys
 import tempfile
@@ -19,10 +20,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import PeftModel
 
-from . import speed
+from .measuring.calls import TrainingStep, inference
+from .measuring.memory import peak_memory
+from .measuring.methods import build_backbone, build_e2vpt, build_lora
+from .measuring.rows import describe_run
+from .measuring.setup import SIZES, Prompts, Setup, add_options, prompts_of, setup_of
+from .measuring.tables import header
+from .measuring.timing import ratios, time_side_by_side
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,18 +53,14 @@ PLOTTED = (INFERENCE, MEMORY, MIXED)
 """Ratios, for a picture. The size of the file is proportional to the prompts, and switching takes next to no time."""
 
 
-def point(options: argparse.Namespace, dimension: str, size: int) -> tuple[argparse.Namespace, speed.Prompts, int]:
-    """The options, prompts and number of adapters where one dimension has a size and the others their own."""
-    options = copy.copy(options)
-    if dimension == "image size":
-        options.image_size = size
-    elif dimension == "layers":
-        options.layers = size
-    visual, kv = options.prompts[0]
-    prompts = speed.Prompts(
-        size if dimension == "visual prompts" else visual, size if dimension == "key-value prompts" else kv
-    )
-    return options, prompts, size if dimension == "adapters" else 2
+def point(setup: Setup, prompts: Prompts, dimension: str, size: int) -> tuple[Setup, Prompts, int]:
+    """The setup, prompts and number of adapters where one dimension has a size and the others their own."""
+    if dimension in ("image size", "layers"):
+        field = dimension.replace(" ", "_")
+        setup = dataclasses.replace(setup, size=dataclasses.replace(setup.size, **{field: size}))
+    visual = size if dimension == "visual prompts" else prompts.visual
+    kv = size if dimension == "key-value prompts" else prompts.kv
+    return setup, Prompts(visual, kv), size if dimension == "adapters" else 2
 
 
 def adapter_file_size(model: PeftModel) -> int:
@@ -83,34 +85,49 @@ def switching(model: PeftModel, names: Sequence[str]) -> Callable[[], None]:
 
 def measure(options: argparse.Namespace, dimension: str, size: int) -> Iterator[dict[str, Any]]:
     """Every measure at one size, as a median with quartiles."""
-    options, prompts, adapters = point(options, dimension, size)
-    device = torch.device(options.device)
-    backbone = speed.build_backbone(options)
-    images, labels = speed.make_batch(options, options.batch_size[0])
+    setup = setup_of(options, SIZES[options.model])
+    setup, prompts, adapters = point(setup, options.prompts, dimension, size)
+    backbone = build_backbone(setup)
+    images, labels = setup.batch(options.batch_size)
     names = ["one", *(f"other{number}" for number in range(1, adapters))]
-    model = speed.build_e2vpt(backbone, prompts, names)
+    model = build_e2vpt(backbone, prompts, names)
     here = {"dimension": dimension, "size": size, "batch_size": len(images)}
 
-    bare, ours = "bare backbone", "E²VPT"
-    calls = {bare: speed.inference(backbone, images), ours: speed.inference(model, images)}
-    mixed = {"adapter_names": [names[row % adapters] for row in range(len(images))]}
-    calls["mixed"] = speed.inference(model, images, **mixed)
-    times = speed.time_side_by_side(calls, options.rounds, device, seed=options.seed)
-    yield {**here, "measure": INFERENCE, **speed.ratios(times[ours], times[bare])}
-    yield {**here, "measure": MIXED, **speed.ratios(times[ours], times["mixed"])}
+    def row(name: str, numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, Any]:
+        found = ratios(numerator, denominator)
+        return {
+            **here,
+            "measure": name,
+            "ratio": found.value,
+            "low": found.low,
+            "high": found.high,
+            "rounds": found.rounds,
+        }
 
-    calls = {ours: speed.inference(model, images), "switch": switching(model, names)}
-    times = speed.time_side_by_side(calls, options.rounds, device, seed=options.seed)
-    yield {**here, "measure": SWITCH, **speed.ratios(times["switch"], times[ours])}
+    timer = functools.partial(
+        time_side_by_side, device=setup.device, rounds=options.rounds, seconds=options.seconds, seed=options.seed
+    )
+    mixed = {"adapter_names": [names[row % adapters] for row in range(len(images))]}
+    times = timer(
+        {
+            "backbone": inference(backbone, images),
+            "E²VPT": inference(model, images),
+            "mixed": inference(model, images, **mixed),
+        }
+    )
+    yield row(INFERENCE, times["E²VPT"], times["backbone"])
+    yield row(MIXED, times["E²VPT"], times["mixed"])
+
+    times = timer({"E²VPT": inference(model, images), "switch": switching(model, names)})
+    yield row(SWITCH, times["switch"], times["E²VPT"])
 
     model.set_adapter("one")
-    rivals = {ours: model, "LoRA": speed.build_lora(backbone, names)}
-    peaks = {
-        name: speed.peak_memory(speed.training_step(rival, images, labels), rival, device)
-        for name, rival in rivals.items()
-    }
-    yield {**here, "measure": MEMORY, **speed.ratios([peaks[ours]], [peaks["LoRA"]])}
-    yield {**here, "measure": FILE, **speed.ratios([adapter_file_size(model)], [1000])}
+    peaks = [
+        peak_memory(TrainingStep(adapted, images, labels), adapted, setup.device)
+        for adapted in (model, build_lora(backbone, names))
+    ]
+    yield row(MEMORY, peaks[:1], peaks[1:])
+    yield row(FILE, [adapter_file_size(model)], [1000])
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -152,42 +169,39 @@ def plot(rows: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def parse(command: Sequence[str]) -> tuple[argparse.Namespace, argparse.Namespace]:
-    """Own options, and those of `speed.py`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=(
-            "All other options are those of speed.py, such as --threads, --rounds and --out; --batch-size and "
-            "--prompts take their first value."
-        ),
+def parse(command: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    parser.add_argument("--model", choices=SIZES, default="ViT-B/16", help="size of the backbone (default: ViT-B/16)")
+    parser.add_argument("--batch-size", type=int, default=4, help="(default: 4)")
+    parser.add_argument(
+        "--prompts", type=prompts_of, default=Prompts(10, 5), help="visual and key-value prompts (default: 10,5)"
     )
     parser.add_argument("--grow", choices=GROWTH, nargs="+", default=list(GROWTH), help="what grows (default: all)")
     parser.add_argument("--sizes", type=int, nargs="+", help="its sizes, in place of those in the table GROWTH")
+    parser.add_argument("--out", type=Path, help="append the results to this file, as JSON lines")
     parser.add_argument("--plot", type=Path, help="save the plot there")
-    own, others = parser.parse_known_args(command)
-    return own, speed.parse(others)
+    return parser.parse_args(command)
 
 
 def main(command: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Measure, print the table, and return its rows."""
     command = sys.argv[1:] if command is None else command
-    own, options = parse(command)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    run = speed.describe_run(options, "growth", command)
-    print(speed.header(run), flush=True)
+    options = parse(command)
+    setup = setup_of(options, SIZES[options.model])
+    run = {"model": options.model, **describe_run(setup.device, options.dtype, "growth", command)}
+    print(header(run), flush=True)
     rows = []
-    for dimension in own.grow:
-        for size in own.sizes or GROWTH[dimension]:
+    for dimension in options.grow:
+        for size in options.sizes or GROWTH[dimension]:
             found = list(measure(options, dimension, size))
             rows += found
             if options.out:
                 with options.out.open("a", encoding="utf-8") as file:
                     file.writelines(json.dumps({**row, **run}, ensure_ascii=False) + "\n" for row in found)
     print(table(rows))
-    if own.plot:
-        plot(rows).savefig(own.plot, dpi=150)
+    if options.plot:
+        plot(rows).savefig(options.plot, dpi=150)
     return rows
 
 

@@ -51,8 +51,7 @@ def test_the_check_of_torch_sees_its_fault(head_size: int) -> None:
 
 
 @pytest.mark.slow
-@small_heads
-@pytest.mark.parametrize("scaling", [None, 0.7])
+@pytest.mark.parametrize(("head_size", "scaling"), [(8, None), (16, 0.7)])
 @pytest.mark.usefixtures("torch_compiles_for_avx2", "package_sees_avx2")
 @torch.no_grad()
 def test_widened_heads_give_the_same_attention(head_size: int, scaling: Any) -> None:
@@ -63,8 +62,7 @@ def test_widened_heads_give_the_same_attention(head_size: int, scaling: Any) -> 
 
 
 @pytest.mark.slow
-@small_heads
-@pytest.mark.parametrize("shallow", [False, True], ids=["deep", "shallow"])
+@pytest.mark.parametrize(("head_size", "shallow"), [(8, False), (16, True)], ids=["8, deep", "16, shallow"])
 @pytest.mark.usefixtures("torch_compiles_for_avx2", "package_sees_avx2")
 @torch.no_grad()
 def test_a_model_equals_token_insertion(head_size: int, shallow: bool) -> None:

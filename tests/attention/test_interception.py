@@ -129,6 +129,21 @@ def test_what_cannot_be_followed_is_an_error(then, words):
         model(torch.randn(2, 5, 8))
 
 
+def test_a_product_that_is_not_square_is_not_taken_for_the_scores():
+    """As where every head has a projection of its own."""
+    model, expected = written_out(lambda scores: scores)
+    for layer in adapted_layers(model).values():
+
+        def projected_by_head(x, bare=layer.base_layer):
+            weights = bare.qkv.weight.unflatten(0, (3, 2, 4)).transpose(-2, -1)  # (3, heads, hidden size, head size)
+            bias = bare.qkv.bias.unflatten(0, (3, 2, 1, 4))
+            q, k, v = (x[:, None] @ weights[part] + bias[part] for part in range(3))
+            return bare.proj(((q @ k.transpose(-2, -1) / 2).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+        layer.forward = intercepted(layer, projected_by_head)
+    torch.testing.assert_close(model(torch.ones(2, 5, 8).cumsum(1)), expected)
+
+
 def test_attention_without_two_products_is_an_error():
     model = adapt(Bare(), **CONFIG)
     layer = model.base_model.model.blocks[0].attn

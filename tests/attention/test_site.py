@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers as t
@@ -9,7 +11,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from e2vpt_peft import E2VPTConfig
-from e2vpt_peft.attention.site import NotAdaptable, find_attention_site
+from e2vpt_peft.attention.site import NotAdaptable, _patch_fan_in, find_attention_site
 from e2vpt_peft.attention.tokens import TokenInsertion
 
 from ..support.adapted import PROMPTS, adapt, adapted_layers, assert_refused, inputs, make
@@ -81,6 +83,11 @@ def test_sizes_need_not_be_those_of_vit_b():
 def test_initial_values_are_scaled_by_the_values_of_a_patch(name, values):
     layers = adapted_layers(get_peft_model(make(name), E2VPTConfig(**PROMPTS)))
     assert {layer.site.patch_fan_in for layer in layers.values()} == {values}
+
+
+def test_patches_have_three_channels_where_the_config_does_not_say():
+    assert _patch_fan_in(SimpleNamespace(patch_size=4), 32) == 3 * 4 * 4
+    assert _patch_fan_in(SimpleNamespace(patch_size=4, num_channels=1), 32) == 4 * 4
 
 
 def site_of(name, **config):

@@ -90,6 +90,15 @@ def test_targets_by_hand(target_modules):
     assert len(adapted_layers(get_peft_model(tiny_vit(), E2VPTConfig(target_modules=target_modules)))) == 3
 
 
+def test_what_is_inside_an_adapted_layer_is_no_target(tmp_path):
+    """Where a pattern matches a layer, and the module inside that it has replaced."""
+    model = get_peft_model(tiny_vit(), E2VPTConfig(target_modules=r".*\.attention(\.base_layer)?"))
+    before = adapted_layers(model).keys()
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "other")
+    assert adapted_layers(model).keys() == before and len(before) == 3
+
+
 def test_an_unlisted_model_is_told_what_to_target():
     model = tiny_vit()
     model.config.model_type = "unheard_of"

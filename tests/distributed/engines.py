@@ -1,4 +1,4 @@
-"""All that is done in shards, in one launch, as that takes long: `... -m tests.distributed.engines FOLDER`."""
+"""All that is done on several processes, in one launch, as that takes long: `-m tests.distributed.engines FOLDER`."""
 
 from __future__ import annotations
 

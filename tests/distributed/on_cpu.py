@@ -13,6 +13,7 @@ All that shards, trains, saves and resumes is the code of accelerate, transforme
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -53,8 +54,8 @@ def allow_shards_on_cpu() -> bool:
     training_args.is_torch_bf16_gpu_available = lambda: True  # type: ignore[attr-defined]
     if deepspeed:
         os.environ["DS_ACCELERATOR"] = "cpu"
-        from deepspeed.comm import torch as deepspeed_backend
-
+        # `from deepspeed.comm import torch` is PyTorch, which that package has imported by this name.
+        deepspeed_backend: Any = importlib.import_module("deepspeed.comm.torch")
         deepspeed_backend.build_shm_op = lambda: None
     return True
 

@@ -1,4 +1,4 @@
-"""Shards by hand, with PyTorch's own FSDP2: `torchrun --nproc_per_node 2 -m tests.distributed.sharded FOLDER DEPTH`.
+"""Shards by hand, with PyTorch's own FSDP2: `torchrun --nproc_per_node 2 -m tests.distributed.sharded FOLDER`.
 
 The recipe is that of docs/trainer.md: the model stays whole, a copy of it is sharded for each training.
 """
@@ -23,6 +23,8 @@ from transformers.models.vit.modeling_vit import ViTLayer
 from e2vpt_peft import prune_prompts, rewind_prompts, score_prompts
 
 from ..trainer.toy import TRAIN, adapted
+
+DEPTHS = ("deep", "shallow")
 
 
 def steps(model: PeftModel, rank: int = 0, processes: int = 1, count: int = 6) -> list[float]:
@@ -71,10 +73,7 @@ def refusal(function: Callable[..., Any], *arguments: Any, **options: Any) -> st
     return ""
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder, depth = sys.argv[1:]
-    dist.init_process_group("gloo")
+def run(folder: Path, depth: str) -> None:
     model = make_model(depth)
     results: dict[str, Any] = {"losses": []}
     for phase in ("tuned", "pruned"):
@@ -95,6 +94,13 @@ if __name__ == "__main__":
             prune(model)
     state_dict = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
-        sharded.save_pretrained(folder, state_dict=state_dict)
-        Path(folder, "results.json").write_text(json.dumps(results))
+        sharded.save_pretrained(str(folder), state_dict=state_dict)
+        (folder / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for depth in DEPTHS:
+        run(Path(sys.argv[1], depth), depth)
     dist.destroy_process_group()

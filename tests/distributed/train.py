@@ -1,4 +1,6 @@
-"""What a user's training script does: `accelerate launch -m tests.distributed.train FOLDER [OPTIONS AS JSON]`.
+"""What a user's training script does; as a script it goes on from the last checkpoint in FOLDER.
+
+    accelerate launch -m tests.distributed.train FOLDER
 
 The batch over all processes is the same for any number of them. Losses go to FOLDER/losses.json, the adapter to
 FOLDER/adapter, what it was trained by to FOLDER/engine.
@@ -50,4 +52,4 @@ def train(folder: str, processes: int, resume: bool = False, **options: Any) -> 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     use_cpu = not allow_shards_on_cpu()
-    train(sys.argv[1], int(os.environ["WORLD_SIZE"]), use_cpu=use_cpu, **json.loads(sys.argv[2]))
+    train(sys.argv[1], int(os.environ["WORLD_SIZE"]), resume=True, use_cpu=use_cpu)

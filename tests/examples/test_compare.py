@@ -570,7 +570,7 @@ def test_files_of_several_machines_are_read_together(tmp_path: Path) -> None:
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[str]:
-    """Two methods on two tasks, their searches, an ablation of one of them, and another backbone."""
+    """Two methods on two tasks, their searches, one that has only begun, an ablation, and another backbone."""
     main = [
         line(task, "natural", method, seed, accuracy, part=part)
         for method, accuracy in (("LoRA", 0.5), ("E²VPT", 0.6))
@@ -578,9 +578,10 @@ def files(tmp_path: Path) -> list[str]:
         for task in tasks
         for seed in (0, 1)
     ]
+    begun = line("c", "natural", "LoRA", 0, 0.5, part="validation")
     ablation = [line("a", "natural", "separate K and V", seed, 0.7) for seed in (0, 1)]
     other = [line("a", "natural", "LoRA", 0, 0.9, model="other")]
-    for name, lines in (("main", main), ("ablation", [*ablation, main[-1]]), ("other", other)):
+    for name, lines in (("main", [*main, begun]), ("ablation", [*ablation, main[-1]]), ("other", other)):
         text = "".join(json.dumps(record) + "\n" for record in lines)
         (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
     return [str(tmp_path / f"{name}.jsonl") for name in ("main", "ablation", "other")]
@@ -588,7 +589,7 @@ def files(tmp_path: Path) -> list[str]:
 
 def test_a_report_counts_what_it_shows_once(files: list[str]) -> None:
     first, second = report.main(files).split("\n\nTest accuracy")
-    assert "Backbone m," in first and "16 trainings, 2.7 hours" in first, "not the ablation, and the copy once"
+    assert "Backbone m," in first and "16 trainings, 2.7 hours" in first, "the copy once, no other table"
     assert "| LoRA | 90.0 |" not in first and "Backbone other," in second and "1 trainings" in second
 
     text = report.main([*files, "--compare", "sharing", "--where", "task=a"])

@@ -28,8 +28,8 @@ def nothing_compiled() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def tiny(architecture: str = "vit", attention: str = "sdpa") -> Any:
-    return TINY_MODELS[architecture](attn_implementation=attention, num_hidden_layers=2)
+def tiny(architecture: str = "vit", attention: str = "sdpa", layers: int = 2) -> Any:
+    return TINY_MODELS[architecture](attn_implementation=attention, num_hidden_layers=layers)
 
 
 def adapted(model: Any, **config: Any) -> PeftModel:
@@ -116,8 +116,8 @@ def test_dropout_is_drawn_anew_in_compiled_training(visual_prompt_depth: str) ->
 def test_no_compilation_per_batch_size_beyond_that_of_the_backbone(
     attention: str, visual_prompt_depth: str, training: bool
 ) -> None:
-    backbone = count_compilations(tiny(attention=attention), training)
-    model = adapted(tiny(attention=attention), visual_prompt_depth=visual_prompt_depth)
+    backbone = count_compilations(tiny(attention=attention, layers=1), training)
+    model = adapted(tiny(attention=attention, layers=1), visual_prompt_depth=visual_prompt_depth)
     assert count_compilations(model, training) == backbone
 
 
@@ -153,9 +153,9 @@ def test_recorded_hidden_states(visual_prompt_depth: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("visual_prompt_depth", ["deep", "shallow"])
-def test_inductor(visual_prompt_depth: str) -> None:
-    model = adapted(tiny(), visual_prompt_depth=visual_prompt_depth, prompt_dropout=0.0)
+@pytest.mark.parametrize(("visual_prompt_depth", "layers"), [("deep", 1), ("shallow", 2)])
+def test_inductor(visual_prompt_depth: str, layers: int) -> None:
+    model = adapted(tiny(layers=layers), visual_prompt_depth=visual_prompt_depth, prompt_dropout=0.0)
     compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(images()).logits, model(images()).logits, atol=1e-4, rtol=0)
@@ -163,10 +163,10 @@ def test_inductor(visual_prompt_depth: str) -> None:
     torch.testing.assert_close(compiled.train()(**batch).loss, model.train()(**batch).loss, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("method", ["removal", "attention_gate", "signed"])
-def test_prompts_of_a_compiled_model_have_the_same_scores(method: str) -> None:
+@pytest.mark.parametrize(("method", "layers"), [("removal", 1), ("attention_gate", 1), ("signed", 2)])
+def test_prompts_of_a_compiled_model_have_the_same_scores(method: str, layers: int) -> None:
     batch = {"pixel_values": images(), "labels": torch.tensor([0, 1, 2])}
-    model = adapted(tiny())
+    model = adapted(tiny(layers=layers))
     expected = score_prompts(model, [batch], method, progress_bar=False)
     model.compile(backend="aot_eager")
     actual = score_prompts(model, [batch], method, progress_bar=False)
@@ -181,7 +181,7 @@ def test_prompts_of_a_compiled_model_have_the_same_scores(method: str) -> None:
 def test_a_mixed_batch_is_one_graph(visual_prompt_depth: str) -> None:
     model = adapted_thrice(visual_prompt_depth=visual_prompt_depth)
     mixed, plain = model(images(4), adapter_names=NAMES).logits, model(images(4)).logits
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(images(4), adapter_names=NAMES).logits, mixed, atol=1e-5, rtol=0)
     torch.testing.assert_close(compiled(images(4)).logits, plain, atol=1e-5, rtol=0)
     assert passes_of(model).current == RunningPass()

@@ -35,14 +35,15 @@ class Logits(nn.Module):
         return self.model(pixel_values=pixel_values).logits
 
 
-@pytest.mark.parametrize("visual_prompt_depth", ["deep", "shallow"])
 @pytest.mark.parametrize(
-    ("architecture", "attention"),
+    ("architecture", "attention", "visual_prompt_depth"),
     [
-        ("vit", "sdpa"),
-        pytest.param("vit", "eager", marks=pytest.mark.slow),
-        pytest.param("deit", "sdpa", marks=pytest.mark.slow),
-        pytest.param("dinov2", "sdpa", marks=pytest.mark.slow),
+        ("vit", "sdpa", "deep"),
+        ("vit", "sdpa", "shallow"),
+        pytest.param("vit", "eager", "deep", marks=pytest.mark.slow),
+        pytest.param("vit", "eager", "shallow", marks=pytest.mark.slow),
+        pytest.param("deit", "sdpa", "shallow", marks=pytest.mark.slow),  # two special tokens
+        pytest.param("dinov2", "sdpa", "deep", marks=pytest.mark.slow),
     ],
 )
 def test_onnxruntime_agrees_for_every_batch_size(

@@ -113,7 +113,7 @@ def test_autocast_runs_in_half_precision(kind: dict) -> None:
     assert all(parameter.grad.dtype == torch.float32 for parameter in prompt_parameters(model).values())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @every_kind
 def test_devices(kind: dict, tmp_path: Path) -> None:
     model = adapted(**kind)

@@ -246,8 +246,9 @@ class TestDeleting:
         model.set_adapter("other")
         other = logits(model)
         model.set_adapter("default")
-        with pytest.warns(UserWarning, match="Adapter default was active.*Setting active adapter to other"):
+        with pytest.warns(UserWarning, match="Adapter default was active.*Setting active adapter to other") as warned:
             model.delete_adapter("default")
+        assert [warning.filename for warning in warned if "was active" in str(warning.message)] == [__file__]
         assert_regular(model, ["other"], ["other"])
         assert model.active_adapter == "other"
         assert torch.equal(logits(model), other)

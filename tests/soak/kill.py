@@ -1,7 +1,6 @@
 """SIGKILL, SIGTERM and SIGINT at random moments of a search and of saving: the result is that of an undisturbed run.
 
-As a script: `python -m tests.soak.kill --kills 200 --saves 200`. Children are forked, since importing takes longer
-than a search.
+As a script: `python -m tests.soak.kill --kills 200 --saves 200`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import random
 import signal
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -25,12 +23,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback
 
+from ..support.children import SIGNALS, child, ended
 from ..support.models import tiny_vit
 from ..trainer import toy
 from ..trainer.interrupted import Events, start
 
 STATE, RESULTS, RESULT = "_pruning_state/state.json", "pruning_results.json", "result"
-SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 RATES: dict[str, Any] = {"token_rates": [0.25, 0.5], "segment_rates": [0.0, 0.5]}
 BEST: dict[str, Any] = {
     "eval_strategy": "steps",
@@ -76,45 +74,6 @@ class Augmented(torch.utils.data.Dataset[dict[str, Any]]):
         sample = self.samples[index]
         image = sample["pixel_values"]
         return {**sample, "pixel_values": image + 0.3 * random.random() * torch.randn_like(image)}
-
-
-def child(work: Callable[[], None]) -> int:
-    """Start a process that does this and ends."""
-    # A signal that comes before the child is ready for it would take the child through the code of its parent.
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    process = os.fork()
-    if process == 0:
-        interrupted = []
-
-        def interrupt(*_: Any) -> None:
-            interrupted.append(True)
-            raise KeyboardInterrupt
-
-        signal.signal(signal.SIGINT, interrupt)
-        errors = os.fdopen(os.dup(2), "w")
-        for stream in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        try:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            torch.set_num_threads(1)
-            work()
-            os._exit(0)
-        except BaseException:
-            if interrupted:  # libraries in C make other errors of it (safetensors: a ValueError)
-                os._exit(128 + signal.SIGINT)
-            traceback.print_exc(file=errors)
-            errors.flush()
-            os._exit(1)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    return process
-
-
-def ended(process: int) -> bool:
-    """Wait for a child; whether it came to its end. It must not fail."""
-    _, status = os.waitpid(process, 0)
-    stopped = os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 128 + signal.SIGINT
-    assert stopped or os.WEXITSTATUS(status) == 0, "the child failed"
-    return not stopped
 
 
 def killed_after(

@@ -1,4 +1,7 @@
-"""A search on several processes: `torchrun --nproc_per_node 2 -m tests.trainer.distributed FOLDER RESUME KILL_AT`."""
+"""A search on several processes: `torchrun --nproc_per_node 2 -m tests.trainer.distributed FOLDER`.
+
+The first time, one search runs to its end and another one is killed. The second time, that one is resumed.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +33,20 @@ def search(folder: str, seed: int, processes: int, events: Events, use_cpu: bool
     )
 
 
+def run(folder: Path, seed: int, last: float) -> None:
+    """Start or resume a search, whose processes are killed at an event."""
+    trainer = search(str(folder), seed, 2, Events(last, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    assert trainer.args.world_size == 2
+    trainer.train(resume_from_checkpoint=True)
+    trainer.save_model(str(folder / "result"))
+    save_file(taken(trainer.model), folder / f"rank{os.environ['RANK']}.safetensors")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    target, resume, kill_at = sys.argv[1:]
-    rank = int(os.environ["RANK"])
-    kill = Events(float(kill_at), lambda: os.kill(os.getpid(), signal.SIGKILL))
-    trainer = search(target, 7 * int(resume), 2, kill)
-    assert trainer.args.world_size == 2
-    trainer.train(resume_from_checkpoint=bool(int(resume)))
-    trainer.save_model(str(Path(target) / "result"))
-    save_file(taken(trainer.model), Path(target) / f"rank{rank}.safetensors")
+    target = Path(sys.argv[1])
+    if (target / "killed").exists():
+        run(target / "killed", 7, float("inf"))
+    else:
+        run(target / "two", 0, float("inf"))
+        run(target / "killed", 0, 18)  # in the second epoch of the first candidate

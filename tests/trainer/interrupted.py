@@ -1,19 +1,13 @@
-"""A search that is cut off after some events, for tests in this process and in others.
-
-As a script: `python -m tests.trainer.interrupted FOLDER EVENTS OPTIONS` kills itself with SIGKILL at that event.
-"""
+"""A search that is cut off after some events."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 from e2vpt_peft import E2VPTTrainer
@@ -101,12 +95,3 @@ def start(folder: Any, events: Events, resume: bool, **options: Any) -> Any:
         return trainer, trainer.train(resume_from_checkpoint=resume)
     finally:
         files.os = os
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    target, number, given = sys.argv[1:]
-    resumed = os.path.exists(os.path.join(target, "_pruning_state"))
-    kill = Events(float(number), lambda: os.kill(os.getpid(), signal.SIGKILL))
-    finished, _ = start(target, kill, resumed, **json.loads(given))
-    finished.save_model(os.path.join(target, "result"))

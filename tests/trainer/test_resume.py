@@ -1,10 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from transformers import EarlyStoppingCallback
 
 from e2vpt_peft import rewind_prompts
 
+from ..support.children import child, ended
 from ..support.disk import contents
 from ..support.models import tiny_vit
 from .interrupted import Events, Interruption, start
@@ -203,17 +203,15 @@ def test_starting_anew_keeps_the_state_of_the_search_before(tmp_path):
 def test_a_process_that_is_killed_again_and_again_leaves_the_same_result(tmp_path, uninterrupted):
     options = {**SAVING["steps"], "pruning": SMALL}
     folder, expected = uninterrupted("steps", **options)
-    root = Path(__file__).parents[2]
+
+    def search(last):
+        kill = Events(last, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        trainer, _ = start(tmp_path, kill, (tmp_path / "_pruning_state").exists(), **options)
+        trainer.save_model(str(tmp_path / "result"))
+
     for attempt in range(20):
-        process = subprocess.run(
-            [sys.executable, "-m", "tests.trainer.interrupted", str(tmp_path), str(24 + attempt), json.dumps(options)],
-            cwd=root,
-            capture_output=True,
-            text=True,
-        )
-        if process.returncode == 0:
+        if ended(child(partial(search, 24 + attempt))):
             break
-        assert process.returncode == -signal.SIGKILL, process.stderr
     assert attempt > 2
     assert results(tmp_path) == results(folder)
     saved = load_file(tmp_path / "result" / "adapter_model.safetensors")

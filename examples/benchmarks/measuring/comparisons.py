@@ -1,0 +1,124 @@
+"""What is compared with what, as rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+from transformers import ViTForImageClassification
+
+from e2vpt_peft import keep_prefixes
+
+from .agreement import check_mixed_batch, check_same_function
+from .calls import Call, TrainingStep, inference
+from .memory import peak_memory
+from .methods import build_e2vpt, build_linear_probe, build_lora, build_token_insertion, copy_prompts
+from .operations import count_operations
+from .rows import Row
+from .setup import Prompts, Setup
+from .timing import ratios, spread
+
+BACKBONE, LORA, PROBE, INSERTED = "backbone", "LoRA", "linear probe", "inserted tokens"
+NOTHING_KEPT = "no prefix kept"
+INFERENCE, STEP, MEMORY, THROUGHPUT, OPERATIONS = (
+    "inference time",
+    "training step time",
+    "peak memory of a training step",
+    "throughput of a mixed batch",
+    "operations of an inference",
+)
+Timer = Callable[[dict[str, Call]], dict[str, list[float]]]
+
+
+def ours(prompts: Prompts) -> str:
+    """What tables call E²VPT with some prompts."""
+    return f"E²VPT {prompts}"
+
+
+def pair(backbone: ViTForImageClassification, prompts: Prompts, images: torch.Tensor) -> dict[str, nn.Module]:
+    """E²VPT by this package and as published, with the same prompts, checked to be the same function."""
+    e2vpt, inserted = build_e2vpt(backbone, prompts), build_token_insertion(backbone, prompts)
+    copy_prompts(e2vpt, inserted)
+    check_same_function(e2vpt, inserted, images)
+    return {ours(prompts): e2vpt, f"{INSERTED} {prompts}": inserted}
+
+
+def compare_inference(
+    setup: Setup, backbone: ViTForImageClassification, prompts: Prompts, batch_size: int, timer: Timer
+) -> Iterator[Row]:
+    """Inference with an adapter, against the backbone."""
+    images, _ = setup.batch(batch_size)
+    models = {BACKBONE: backbone, **pair(backbone, prompts, images), LORA: build_lora(backbone)}
+    times = timer({name: inference(model, images) for name, model in models.items()})
+    for name in models:
+        if name != BACKBONE:
+            found = ratios(times[name], times[BACKBONE])
+            yield Row.of(INFERENCE, setup.size.name, batch_size, name, BACKBONE, found)
+
+
+def compare_training(
+    setup: Setup,
+    backbone: ViTForImageClassification,
+    prompts: Prompts,
+    batch_size: int,
+    timer: Timer,
+    measures: Sequence[str] = (STEP, MEMORY),
+) -> Iterator[Row]:
+    """Training steps and their memory: E²VPT against a linear probe, token insertion and LoRA."""
+    images, labels = setup.batch(batch_size)
+    e2vpt, inserted = pair(backbone, prompts, images).values()
+    models = {
+        ours(prompts): e2vpt,
+        PROBE: build_linear_probe(backbone),
+        INSERTED: inserted,
+        LORA: build_lora(backbone),
+    }
+    steps = {name: TrainingStep(model, images, labels) for name, model in models.items()}
+    found = {}
+    if STEP in measures:
+        found[STEP] = timer(dict(steps))
+    if MEMORY in measures:
+        found[MEMORY] = {name: [peak_memory(step, models[name], setup.device)] for name, step in steps.items()}
+    subject, *baselines = models
+    for measure, values in found.items():
+        for baseline in baselines:
+            ratio = ratios(values[subject], values[baseline])
+            yield Row.of(measure, setup.size.name, batch_size, subject, baseline, ratio)
+
+
+def compare_mixed_batch(
+    setup: Setup, backbone: ViTForImageClassification, prompts: Prompts, adapters: int, batch_size: int, timer: Timer
+) -> Iterator[Row]:
+    """Throughput with another adapter for each sample, against one adapter for all."""
+    names = [f"task{number}" for number in range(adapters)]
+    images, _ = setup.batch(batch_size)
+    samples = [names[row % len(names)] for row in range(batch_size)]
+    models = {ours(prompts): build_e2vpt(backbone, prompts, names), LORA: build_lora(backbone, names)}
+    calls = {}
+    for method, model in models.items():
+        check_mixed_batch(model, images, samples)
+        calls[f"{method} alone"] = inference(model, images)
+        calls[f"{method} mixed"] = inference(model, images, adapter_names=samples)
+    times = timer(calls)
+    for method in models:
+        found = ratios(times[f"{method} alone"], times[f"{method} mixed"])  # throughput is one over time
+        subject = f"{method}, {adapters} adapter{'s' * (adapters > 1)}"
+        yield Row.of(THROUGHPUT, setup.size.name, batch_size, subject, "one adapter", found)
+
+
+def compare_operations(setup: Setup, backbone: ViTForImageClassification, prompts: Sequence[Prompts]) -> Iterator[Row]:
+    """Operations that do work, in an inference of two images, with one adapter or with one for each."""
+    images, _ = setup.batch(2)
+    calls = {BACKBONE: inference(backbone, images), LORA: inference(build_lora(backbone), images)}
+    for counts in prompts:
+        model = build_e2vpt(backbone, counts, ["one", "two"])
+        anew = build_e2vpt(backbone, counts)
+        keep_prefixes(anew, False)
+        calls[ours(counts)] = inference(model, images)
+        calls[f"{ours(counts)}, {NOTHING_KEPT}"] = inference(anew, images)
+        calls[f"{ours(counts)}, two adapters"] = inference(model, images, adapter_names=["one", "two"])
+    counted = {name: count_operations(call).total() for name, call in calls.items()}
+    for name, count in counted.items():
+        for baseline, value in (("", count), (BACKBONE, count / counted[BACKBONE])):
+            yield Row.of(OPERATIONS, setup.size.name, len(images), name, baseline, spread([value]))

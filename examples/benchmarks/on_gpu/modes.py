@@ -1,0 +1,85 @@
+"""How a model runs: eager, compiled, in a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..measuring.agreement import check_close
+from ..measuring.calls import Call, inference
+from .cases import Machine, NotHere
+
+EAGER, GRAPH, COMPILED, COMPILED_GRAPH = "eager", "CUDA graph", "compiled", "compiled, CUDA graph"
+
+
+def in_mode(machine: Machine, mode: str, model: nn.Module, images: torch.Tensor) -> Call:
+    """An inference in a mode, checked to give what it gives in eager mode."""
+    call = MODES[mode](machine, model, images)
+    if mode != EAGER:
+        expected = inference(model, images)()
+        call()
+        check_close(call(), expected, images.dtype, f"'{mode}' and eager mode")
+    return call
+
+
+def compiled(machine: Machine, model: nn.Module, **options: Any) -> Callable[..., Any]:
+    """The compiled model; with toys, by a backend that takes no time."""
+    if machine.toy:
+        return torch.compile(model, backend="eager")
+    return torch.compile(model, dynamic=False, **options)
+
+
+def _compiled(machine: Machine, model: nn.Module, images: torch.Tensor) -> Call:
+    return inference_with(model, compiled(machine, model), images)
+
+
+def _compiled_graph(machine: Machine, model: nn.Module, images: torch.Tensor) -> Call:
+    needs_cuda(machine)
+    return inference_with(model, compiled(machine, model, mode="reduce-overhead"), images)
+
+
+def _graph(machine: Machine, model: nn.Module, images: torch.Tensor) -> Call:
+    """The kernels of an eager pass, recorded once and replayed."""
+    needs_cuda(machine)
+    call = inference(model, images)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = call()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return logits
+
+    return replay
+
+
+def inference_with(model: nn.Module, forward: Callable[..., Any], images: torch.Tensor) -> Call:
+    model.eval()
+
+    @torch.inference_mode()
+    def call() -> torch.Tensor:
+        return forward(pixel_values=images).logits
+
+    return call
+
+
+def needs_cuda(machine: Machine) -> None:
+    if machine.device.type != "cuda":
+        raise NotHere("CUDA graphs need CUDA")
+
+
+MODES: dict[str, Callable[[Machine, nn.Module, torch.Tensor], Call]] = {
+    EAGER: lambda machine, model, images: inference(model, images),
+    GRAPH: _graph,
+    COMPILED: _compiled,
+    COMPILED_GRAPH: _compiled_graph,
+}
