@@ -86,7 +86,6 @@ class _Store:
         self.storage = storage
         self.used = FIRST
         self.kept: dict[str, _Kept] = {}
-        self.modules: dict[int, SeenModule] = {}
 
     def append(self, rows: KeysAndValues) -> tuple[int, int]:
         """Put rows, each (number, heads, head size), behind the others. Returns where they start, and their number."""
@@ -98,13 +97,12 @@ class _Store:
 
     def see(self, sources: Sources) -> tuple[list[SeenModule], list[SeenTensor]]:
         """Note the state of what rows are about to be computed of. Adapters share what is noted of a module."""
-        seen = []
-        for module in sources.modules:
-            known = self.modules.get(id(module))
-            if known is None or not known.is_still(module):
-                known = self.modules[id(module)] = SeenModule(module)
-            seen.append(known)
-        return seen, [SeenTensor(tensor) for tensor in sources.tensors]
+        known = {seen for kept in self.kept.values() for seen in kept.modules}
+        modules = [
+            next((seen for seen in known if seen.is_still(module)), None) or SeenModule(module)
+            for module in sources.modules
+        ]
+        return modules, [SeenTensor(tensor) for tensor in sources.tensors]
 
     def changed(self, sources: Mapping[str, Sources]) -> list[str]:
         """Those adapters that have no rows here, or whose rows would be others today."""
@@ -112,7 +110,7 @@ class _Store:
         return [name for name, now in sources.items() if not self._is_still(self.kept.get(name), now, checked)]
 
     def _is_still(self, kept: _Kept | None, now: Sources, checked: dict[tuple[int, int], bool]) -> bool:
-        if kept is None or len(kept.tensors) != len(now.tensors):
+        if kept is None or len(kept.tensors) != len(now.tensors) or len(kept.modules) != len(now.modules):
             return False
         if not all(seen.is_still(tensor) for seen, tensor in zip(kept.tensors, now.tensors)):
             return False
@@ -205,7 +203,6 @@ def _larger(store: _Store, needed: int, replaced: set[str], example: torch.Tenso
     count = FIRST + sum(kept.length for kept in others.values()) + needed
     # Some room for more, or else a thousand adapters, each new to the layer, would be copied a thousand times.
     larger = _Store(example.new_zeros(2, count + (count // 16 if others else 0), *example.shape[1:]))
-    larger.modules = store.modules
     for name, kept in others.items():
         keys, values = store.storage[:, kept.start : kept.start + kept.length]
         larger.kept[name] = kept._replace(start=larger.append((keys, values))[0])

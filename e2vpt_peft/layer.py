@@ -14,7 +14,7 @@ from .attention.prefix import Prefix, WayIn, attending, is_traced_for_training
 from .attention.site import AttentionSite
 from .config import E2VPTConfig
 from .initialization import draw_prompts
-from .kept_prefixes import KeptPrefixes, KeptRows, Sources
+from .kept_prefixes import KeptPrefixes, KeptRows, KeysAndValues, Sources
 from .masks import PromptMasks
 from .mixed_batch import RoutedModulesToSave
 from .prompt_shapes import KV_PROMPTS, SEGMENT_MASK, VISUAL_PROMPTS, prompt_shapes
@@ -25,8 +25,6 @@ CANNOT_MERGE = (
     "E2VPT adapters cannot be merged: prompts are extra keys and values in the attention, to which no change of the "
     "backbone's weights is equivalent. Keep the adapter, which costs little, or take it off with `unload()`."
 )
-
-KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
 
 class Prompts(nn.ParameterDict):

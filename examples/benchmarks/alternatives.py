@@ -6,21 +6,21 @@
    `o = (1 - a) o_s + a o_p` with `a = sigmoid(lse_p - lse_s)`, which is exact. It spares the copy of keys and values.
 2. Where the time of dropout on visual prompts goes: each sample has prompts of its own, and projects them.
 
-Times are those of the process on the CPU, as ratios, medians over rounds in which all take turns.
+Times are those of the process, as ratios: medians over rounds.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-Tensors = tuple[torch.Tensor, ...]
+from .measuring.calls import Call
+from .measuring.timing import ratios, time_side_by_side
 
 
 def bare(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *prefix: torch.Tensor) -> torch.Tensor:
@@ -63,17 +63,10 @@ def joined_by_products(
     return own * (1 - share) + (scores - lse).exp().mul_(share) @ values.transpose(1, 2)
 
 
-def ratios(functions: list[Callable[[], object]], rounds: int) -> list[float]:
-    """Times of functions that take turns, over that of the first."""
-    times: list[list[float]] = [[] for _ in functions]
-    for function in functions:
-        function()
-    for _ in range(rounds):
-        for function, taken in zip(functions, times):
-            start = time.process_time()
-            function()
-            taken.append(time.process_time() - start)
-    return [statistics.median(map(float.__truediv__, taken, times[0])) for taken in times]
+def over_the_first(calls: dict[str, Call], rounds: int) -> list[float]:
+    """Times of calls side by side, over that of the first."""
+    times = list(time_side_by_side(calls, torch.device("cpu"), rounds, clock="cpu").values())
+    return [ratios(taken, times[0]).value for taken in times]
 
 
 @torch.inference_mode()
@@ -85,7 +78,7 @@ def compare_joining(batch_size: int, rows: int, rounds: int, length: int = 197, 
     outputs = [way(*sequence, *prefix) for way in ways[1:]]
     for output in outputs:
         torch.testing.assert_close(output, outputs[0], rtol=1e-4, atol=1e-4)
-    return ratios([lambda way=way: way(*sequence, *prefix) for way in ways], rounds)[1:]  # type: ignore[misc]
+    return over_the_first({way.__name__: partial(way, *sequence, *prefix) for way in ways}, rounds)[1:]
 
 
 def share_dropout(prompts: int, rounds: int, batch_size: int = 32, hidden_size: int = 384) -> list[float]:
@@ -98,7 +91,7 @@ def share_dropout(prompts: int, rounds: int, batch_size: int = 32, hidden_size: 
     def drop() -> torch.Tensor:
         return F.dropout(parameter.expand(batch_size, -1, -1), 0.1, True)
 
-    def run(*steps: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], object]:
+    def run(*steps: Callable[[torch.Tensor], torch.Tensor]) -> Call:
         def function() -> None:
             states = drop()
             for step in steps:
@@ -107,8 +100,9 @@ def share_dropout(prompts: int, rounds: int, batch_size: int = 32, hidden_size: 
 
         return function
 
-    whole, drawn, normed = ratios([run(norm, lambda states: key(states) + value(states)), run(), run(norm)], rounds)
-    return [drawn, normed - drawn, whole - normed]
+    calls = {"whole": run(norm, lambda states: key(states) + value(states)), "drawn": run(), "normed": run(norm)}
+    _, drawn, normed = over_the_first(calls, rounds)
+    return [drawn, normed - drawn, 1 - normed]
 
 
 def main(argv: list[str] | None = None) -> None:
