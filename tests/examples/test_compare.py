@@ -404,6 +404,19 @@ def test_the_better_third_goes_on_and_the_best_length_is_taken(
     assert seen == [*searched, *[(winner, length, "test")] * 2]
 
 
+@pytest.mark.parametrize(("lengths", "searched"), [((8,), 0), ((4, 8), 2)], ids=["one length", "two"])
+def test_nothing_is_trained_to_choose_one_of_one(
+    lengths: Any, searched: int, plan: Any, colours: Any, tmp_path: Path
+) -> None:
+    plan = modern(plan, factors=(1.0,), search_epochs=lengths)
+    seen: list[Any] = []
+    bench = protocol.Bench(colours, plan, records.Store(tmp_path / "out.jsonl"))
+    bench.measure = judged_by({(0.03, 8): 0.9}, seen)
+    bench.run(methods.e2vpt())
+    assert [part for *_, part in seen] == ["validation"] * searched + ["test"] * 2
+    assert seen[-2:] == [(0.03, 8, "test")] * 2
+
+
 def test_variants_are_searched_in_as_many_trials(plan: Any, colours: Any, tmp_path: Path) -> None:
     (method,) = methods.choose(methods.METHODS, ["E²VPT, prompts searched"])
     trials = protocol.RECIPES["modern"].trials(method, 8)
