@@ -209,6 +209,7 @@ TRAINABLE = {
     "E²VPT": PROMPTS["visual"] + PROMPTS["kv"],
     "E²VPT, pruned": LAYERS * 7 * HIDDEN // 2 + PROMPTS["kv"],
     "E²VPT, more prompts": LAYERS * (50 + 2 * 20) * HIDDEN,
+    "E²VPT, more prompts, norms": (LAYERS * (50 + 2 * 20) + (2 * LAYERS + 1) * 2) * HIDDEN,
 }
 
 
