@@ -386,8 +386,15 @@ def judged_by(table: dict[tuple[float, int], float], seen: list[Any]) -> Any:
 
 @pytest.mark.parametrize(
     ("last", "search_epochs", "length"),
-    [(0.9, (), 8), (0.5, (), 4), (0.6, (), 4), (0.9, (2,), 8), (0.5, (2, 4), 8)],
-    ids=["longest best", "shorter better", "shortest of equals", "not reached", "not reached by two"],
+    [
+        (0.9, (2, 4, 8), 8),
+        (0.5, (2, 4, 8), 4),
+        (0.6, (2, 4, 8), 4),
+        (0.9, (2,), 8),
+        (0.5, (2, 4), 8),
+        (0.9, (), 8),
+    ],
+    ids=["longest best", "shorter better", "shortest of equals", "not reached", "not reached by two", "of the recipe"],
 )
 def test_the_better_third_goes_on_and_the_best_length_is_taken(
     last: float, search_epochs: Any, length: int, plan: Any, colours: Any, tmp_path: Path
@@ -398,8 +405,9 @@ def test_the_better_third_goes_on_and_the_best_length_is_taken(
     table = {(0.003, 2): 0.5, (0.03, 2): 0.4, (0.3, 2): 0.3, (0.003, 4): 0.1, (0.03, 4): 0.6, (0.03, 8): last}
     bench.measure = judged_by(table, seen)
     bench.run(methods.e2vpt())
-    lengths = search_epochs or (2, 4, 8)
-    rates = [[0.0009, 0.003, 0.009, 0.03, 0.09, 0.3], [0.003, 0.03], [0.03]]
+    lengths = search_epochs or (4, 8)
+    all_rates = [0.0009, 0.003, 0.009, 0.03, 0.09, 0.3]
+    rates = [all_rates, [0.003, 0.03], [0.03]] if search_epochs else [all_rates, [0.03, 0.003]]
     searched = [(rate, epochs, "validation") for epochs, tried in zip(lengths, rates) for rate in tried]
     winner = 0.003 if len(lengths) == 1 else 0.03
     assert seen == [*searched, *[(winner, length, "test")] * 2]
