@@ -21,6 +21,9 @@ CONSTANTS = ("eps", "variance_epsilon")
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By the size of an element, what to compare it as: NumPy has no bfloat16, and NaN is not equal to itself."""
 
+FEW, MANY = 64, 256
+"""How many values of a large tensor are compared; of a tensor that is found by itself, two in each row, up to many."""
+
 
 class Seen:
     """Things as they were, and the places where they were found.
@@ -30,8 +33,7 @@ class Seen:
 
     PyTorch counts changes of a tensor in place (`_version`), and other memory has another address. Changes in place
     through `.data`, as moving averages of weights make them, have neither. On the CPU some values are compared for
-    that reason: 20 or more in each row of prompts, 100 or more of a large matrix. On other devices, Python
-    would have to wait for the device.
+    that reason, two in each prompt and 64 in each weight. On other devices, Python would have to wait for the device.
 
     Args:
         places (`Iterable[Place]`):
@@ -50,17 +52,17 @@ class Seen:
         self._contents: list[tuple[Any, bytes]] = []
         self._memory: list[torch.Tensor] = []
         for place in places:
-            self._see(place)
+            self._see(place, MANY)
         for module in modules:
             self._kinds.append((module, type(module), type(module).forward))
             own = vars(module)
             self._emptiness += [own["_modules"], own["_buffers"]]
             for name in ("forward", "_parameters", *(name for name in CONSTANTS if name in own)):
-                self._see((own.get, name))
+                self._see((own.get, name), FEW)
             for name in own["_parameters"]:
-                self._see((own["_parameters"].get, name))
+                self._see((own["_parameters"].get, name), FEW)
 
-    def _see(self, place: Place) -> None:
+    def _see(self, place: Place, most: int) -> None:
         find, name = place
         thing = find(name)
         self._found.append((find, name, thing))
@@ -68,7 +70,7 @@ class Seen:
             self._tensors.append((thing, thing._version, thing.data_ptr()))
             memory = thing.detach()  # kept, so that no other tensor gets its address
             self._memory.append(memory)
-            values = _sample(memory)
+            values = _sample(memory, most)
             if values is not None:
                 self._contents.append((values, values.tobytes()))
 
@@ -120,14 +122,15 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
-def _sample(memory: torch.Tensor) -> Any:
+def _sample(memory: torch.Tensor, most: int) -> Any:
     """Some of the values of a tensor on the CPU, as an array in the same memory."""
     if memory.device.type != "cpu" or memory.dim() == 0:
         return None
-    values = memory.view(INTEGERS[memory.element_size()])
-    if values.dim() == 2 and len(values) > 256 and values.is_contiguous():
-        # Some rows on, and by the golden ratio of a row to the side: so no head is left out, of rows or of columns.
-        rows, width = values.shape
-        return values.view(-1)[:: rows // 128 * width + int(0.382 * width)].numpy()
-    # An odd step comes upon every segment of a prompt, whatever their number: they are every 16th component or so.
-    return values[..., :: min(values.shape[-1] // 24, 32) | 1].numpy()
+    values, width = memory.view(INTEGERS[memory.element_size()]), memory.shape[-1]
+    if not memory.is_contiguous():
+        return values[..., :: min(width // 24, 32) | 1].numpy()
+    # Each value is a line of memory to wait for. The step is odd, so that it comes upon all segments of prompts; if it
+    # is longer than a row, it goes by the golden ratio of a row to the side, so that it comes upon all heads.
+    step = memory.numel() // min(max(FEW, 2 * memory.numel() // width), most)
+    step += int(0.382 * width) if step >= width else 0
+    return values.view(-1)[:: step | 1].numpy()

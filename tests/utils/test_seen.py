@@ -107,22 +107,39 @@ def test_a_computed_parameter_is_another_one_each_time() -> None:
     assert not Seen([place_of(containers, "default", "_parameters")]).is_still()
 
 
-@pytest.mark.parametrize("segment", range(16))
-def test_each_prompt_and_each_segment_of_it_is_looked_at(segment: int) -> None:
-    for hidden_size in (192, 384, 768, 1024, 1280):
-        tensor = nn.Parameter(torch.randn(12, hidden_size))
+@pytest.mark.parametrize("count", [1, 10, 100, 200])
+@pytest.mark.parametrize("hidden_size", [192, 384, 768, 1024, 1280])
+def test_each_prompt_and_each_segment_is_looked_at(count: int, hidden_size: int) -> None:
+    tensor = nn.Parameter(torch.randn(count, hidden_size))
+    prompts = [(prompt,) for prompt in range(count)]
+    segments = [(slice(None), slice(segment, None, 16)) for segment in range(16)]
+    for place in prompts + segments:
         seen = seen_tensor(tensor)
-        tensor.data[7, segment::16] = 0
-        assert not seen.is_still()
+        tensor.data[place] *= 2
+        assert not seen.is_still(), place
+
+
+@pytest.mark.parametrize("count", [1, 5, 50])
+@pytest.mark.parametrize("heads", [3, 6, 12, 16])
+def test_each_key_value_prompt_is_looked_at_in_each_head(count: int, heads: int) -> None:
+    tensor = nn.Parameter(torch.randn(heads, count, 64))
+    for head in range(heads):
+        seen = seen_tensor(tensor)
+        tensor.data[head] *= 2
+        assert not seen.is_still(), head
+    for prompt in range(count):
+        seen = seen_tensor(tensor)
+        tensor.data[:, prompt] *= 2
+        assert not seen.is_still(), prompt
 
 
 @pytest.mark.parametrize(("hidden_size", "head_size"), [(192, 64), (384, 64), (768, 64), (1024, 64), (1280, 80)])
 def test_each_head_of_a_projection_is_looked_at(hidden_size: int, head_size: int) -> None:
-    tensor = nn.Parameter(torch.randn(hidden_size, hidden_size))
+    projection = nn.Linear(hidden_size, hidden_size)
     for start in range(0, hidden_size, head_size):
         for place in ((slice(start, start + head_size),), (slice(None), slice(start, start + head_size))):
-            seen = seen_tensor(tensor)
-            tensor.data[place] *= 2
+            seen = Seen(modules=[projection])
+            projection.weight.data[place] *= 2
             assert not seen.is_still(), (start, place)
 
 
