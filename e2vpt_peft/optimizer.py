@@ -24,9 +24,8 @@ def create_optimizer(
     """Make an optimizer for an adapted model, with a learning rate for each kind of prompt.
 
     Prompts do well with the rate of a head, so that both ratios are 1 by default. An optimizer like Adam moves every
-    number by about its learning rate, whatever its size, and key-value prompts start small: where there are no visual
-    prompts beside them, or the backbone is tiny, they learn faster with ten times the rate. See
-    `docs/choosing.md` for what was measured.
+    number by about its learning rate, whatever its size, and key-value prompts start small: on a tiny backbone, and
+    without visual prompts beside them, they did better with ten times the rate. `docs/choosing.md` has the numbers.
 
     | parameters | learning rate | weight decay |
     |---|---|---|
