@@ -64,6 +64,11 @@ def test_adapters_that_are_not_trained_are_left_out_and_other_methods_are_taken_
     assert set(rates.values()) == {MATRICES, VISUAL, KV}
 
 
+def test_all_kinds_of_prompts_have_the_rate_of_the_head_by_default():
+    groups = create_optimizer(adapted(), lr=0.5).param_groups
+    assert len(groups) == 4 and {group["lr"] for group in groups} == {0.5}
+
+
 def test_the_first_rate_which_trainer_logs_is_that_of_the_head():
     assert create_optimizer(adapted(), lr=0.5).param_groups[0]["lr"] == 0.5
 

@@ -3,7 +3,7 @@
     python -m examples.benchmarks.compare --data_dir DATA --out results/mini.jsonl         # all methods on `mini`
     python -m examples.benchmarks.compare --compare components --out results/parts.jsonl   # one of the ablations
     python -m examples.benchmarks.compare --suite photos --data_dir PHOTOS --recipe modern --epochs 20 \\
-        --model dinov2-small-focus --image_size 84 --out results/photos.jsonl
+        --model dinov2-small-focus --image_size 84 --batch_size 16 --out results/photos.jsonl
     python -m examples.benchmarks.compare --suite vtab --data_dir VTAB --recipe paper --epochs 100 \\
         --seeds 42 44 82 100 800 --model google/vit-base-patch16-224-in21k --out results/vtab.jsonl
 

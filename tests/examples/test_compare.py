@@ -209,6 +209,7 @@ TRAINABLE = {
     "E²VPT": PROMPTS["visual"] + PROMPTS["kv"],
     "E²VPT, pruned": LAYERS * 7 * HIDDEN // 2 + PROMPTS["kv"],
     "E²VPT, more prompts": LAYERS * (50 + 2 * 20) * HIDDEN,
+    "E²VPT, more prompts, norms": (LAYERS * (50 + 2 * 20) + (2 * LAYERS + 1) * 2) * HIDDEN,
 }
 
 
@@ -385,8 +386,15 @@ def judged_by(table: dict[tuple[float, int], float], seen: list[Any]) -> Any:
 
 @pytest.mark.parametrize(
     ("last", "search_epochs", "length"),
-    [(0.9, (), 8), (0.5, (), 4), (0.6, (), 4), (0.9, (2,), 8), (0.5, (2, 4), 8)],
-    ids=["longest best", "shorter better", "shortest of equals", "not reached", "not reached by two"],
+    [
+        (0.9, (2, 4, 8), 8),
+        (0.5, (2, 4, 8), 4),
+        (0.6, (2, 4, 8), 4),
+        (0.9, (2,), 8),
+        (0.5, (2, 4), 8),
+        (0.9, (), 8),
+    ],
+    ids=["longest best", "shorter better", "shortest of equals", "not reached", "not reached by two", "of the recipe"],
 )
 def test_the_better_third_goes_on_and_the_best_length_is_taken(
     last: float, search_epochs: Any, length: int, plan: Any, colours: Any, tmp_path: Path
@@ -397,11 +405,25 @@ def test_the_better_third_goes_on_and_the_best_length_is_taken(
     table = {(0.003, 2): 0.5, (0.03, 2): 0.4, (0.3, 2): 0.3, (0.003, 4): 0.1, (0.03, 4): 0.6, (0.03, 8): last}
     bench.measure = judged_by(table, seen)
     bench.run(methods.e2vpt())
-    lengths = search_epochs or (2, 4, 8)
-    rates = [[0.0009, 0.003, 0.009, 0.03, 0.09, 0.3], [0.003, 0.03], [0.03]]
+    lengths = search_epochs or (4, 8)
+    all_rates = [0.0009, 0.003, 0.009, 0.03, 0.09, 0.3]
+    rates = [all_rates, [0.003, 0.03], [0.03]] if search_epochs else [all_rates, [0.03, 0.003]]
     searched = [(rate, epochs, "validation") for epochs, tried in zip(lengths, rates) for rate in tried]
     winner = 0.003 if len(lengths) == 1 else 0.03
     assert seen == [*searched, *[(winner, length, "test")] * 2]
+
+
+@pytest.mark.parametrize(("lengths", "searched"), [((8,), 0), ((4, 8), 2)], ids=["one length", "two"])
+def test_nothing_is_trained_to_choose_one_of_one(
+    lengths: Any, searched: int, plan: Any, colours: Any, tmp_path: Path
+) -> None:
+    plan = modern(plan, factors=(1.0,), search_epochs=lengths)
+    seen: list[Any] = []
+    bench = protocol.Bench(colours, plan, records.Store(tmp_path / "out.jsonl"))
+    bench.measure = judged_by({(0.03, 8): 0.9}, seen)
+    bench.run(methods.e2vpt())
+    assert [part for *_, part in seen] == ["validation"] * searched + ["test"] * 2
+    assert seen[-2:] == [(0.03, 8, "test")] * 2
 
 
 def test_variants_are_searched_in_as_many_trials(plan: Any, colours: Any, tmp_path: Path) -> None:

@@ -79,19 +79,28 @@ def train_parameters(model: PreTrainedModel, task: Task, endings: tuple[str, ...
 
 def add_adapter(model: PreTrainedModel, task: Task, config: Callable[..., PeftConfig], **options: Any) -> nn.Module:
     """One of PEFT's methods."""
-    return get_peft_model(model, config(modules_to_save=[HEAD], **options))
+    return get_peft_model(model, config(**{"modules_to_save": [HEAD], **options}))
+
+
+def norms_of(model: nn.Module) -> list[str]:
+    """The names of all LayerNorms."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
 
 
 def tune_norms(model: PreTrainedModel, task: Task) -> nn.Module:
     """PEFT's LayerNorm tuning, of every LayerNorm."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
-    return add_adapter(model, task, LNTuningConfig, target_modules=names)
+    return add_adapter(model, task, LNTuningConfig, target_modules=norms_of(model))
 
 
 def add_prompts(model: PreTrainedModel, task: Task, **options: Any) -> nn.Module:
     """E²VPT with the task's numbers of prompts, or others."""
     counts = {"num_visual_prompts": task.visual_prompts, "num_kv_prompts": task.kv_prompts}
     return add_adapter(model, task, E2VPTConfig, **{**counts, **options})
+
+
+def add_prompts_and_train_norms(model: PreTrainedModel, task: Task, **options: Any) -> nn.Module:
+    """The same, and every LayerNorm is trained with the prompts."""
+    return add_prompts(model, task, modules_to_save=[HEAD, *norms_of(model)], **options)
 
 
 def e2vpt(
@@ -131,8 +140,8 @@ METHODS = (
     e2vpt("VPT-Deep", num_kv_prompts=0),
     e2vpt("E²VPT"),
     e2vpt("E²VPT, pruned", pruning=Pruning(), same_search="E²VPT"),
-    e2vpt("E²VPT, more prompts", learning_rate=1e-2, **MORE_PROMPTS),
-    e2vpt("E²VPT, more prompts, own rates", learning_rate=1e-2, kv_lr_ratio=10, **MORE_PROMPTS),
+    e2vpt("E²VPT, more prompts", learning_rate=3e-3, kv_lr_ratio=1, **MORE_PROMPTS),
+    Method("E²VPT, more prompts, norms", 3e-3, partial(add_prompts_and_train_norms, **MORE_PROMPTS), kv_lr_ratio=1),
     replace(e2vpt("E²VPT, prompts searched", learning_rate=1e-2), variants=({}, MORE_PROMPTS)),
 )
 
