@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch._C import (
+    _are_functorch_transforms_active,
+    _is_any_autocast_enabled,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+)
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
+from torch.compiler import is_compiling
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .attention.prefix import Prefix
 from .route import Route
-from .utils.seen import SeenModule, SeenTensor, can_be_seen, is_plain
+from .utils.seen import Place, Seen, can_be_seen, is_plain
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
@@ -24,17 +32,20 @@ class Sources(NamedTuple):
     """All that the rows of one adapter are computed of.
 
     Attributes:
-        modules (`Sequence[nn.Module]`): Norms and projections.
-        tensors (`Sequence[torch.Tensor]`): Prompts, and where they belong.
+        places (`list[Place]`): Where prompts, norm and projections are found.
+        modules (`list[nn.Module]`): Norm and projections, whose parameters count, too.
     """
 
-    modules: Sequence[nn.Module]
-    tensors: Sequence[torch.Tensor]
+    places: list[Place]
+    modules: list[nn.Module]
 
     def can_be_seen(self) -> bool:
         """Whether any change of them is noticed."""
-        parameters = [parameter for module in self.modules for parameter in module._parameters.values()]
-        return all(map(is_plain, self.modules)) and all(map(can_be_seen, [*self.tensors, *parameters]))
+        found = [find(name) for find, name in self.places]
+        found += [parameter for module in self.modules for parameter in module._parameters.values()]
+        return all(map(is_plain, self.modules)) and all(
+            can_be_seen(thing) for thing in found if isinstance(thing, torch.Tensor)
+        )
 
 
 class KeptRows(NamedTuple):
@@ -42,17 +53,15 @@ class KeptRows(NamedTuple):
 
     Attributes:
         storage (`torch.Tensor`): Keys and values of these and other adapters, (2, number of rows, heads, head size).
-        starts, lengths (`list[int]`): For each adapter, its first row in there, and how many it has.
+        kept (`list`): Where in there those of each adapter are.
     """
 
     storage: torch.Tensor
-    starts: list[int]
-    lengths: list[int]
+    kept: list[_Kept]
 
     def parts(self) -> list[KeysAndValues]:
         """Keys and values of each adapter, (1, number, heads, head size) each."""
-        places = [slice(start, start + length) for start, length in zip(self.starts, self.lengths)]
-        return [(self.storage[:1, place], self.storage[1:, place]) for place in places]
+        return [one.rows for one in self.kept]
 
     def gather(self, route: Route, has_rows: Sequence[bool], batch_size: int) -> Prefix:
         """The prefix of a batch.
@@ -62,7 +71,7 @@ class KeptRows(NamedTuple):
             has_rows (`Sequence[bool]`): For each adapter of the route, whether it is one of these.
             batch_size (`int`): The batch size in the attention.
         """
-        places = iter(zip(self.starts, self.lengths))
+        places = iter((one.start, one.length) for one in self.kept)
         starts, lengths = zip(*(next(places) if has else (0, 0) for has in has_rows))
         device = self.storage.device
         index = route.row_index(starts, lengths, batch_size, device)
@@ -71,12 +80,20 @@ class KeptRows(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """The rows of one adapter, and what they were computed of."""
+    """The rows of one adapter, and what they were computed of.
+
+    Attributes:
+        start, length (`int`): The first row in the storage, and their number.
+        rows (`tuple[torch.Tensor, torch.Tensor]`): Keys and values there, (1, length, heads, head size) each.
+        places (`Seen`): Prompts, and where norm and projections are found.
+        modules (`Seen`): Norm and projections. Adapters share it.
+    """
 
     start: int
     length: int
-    modules: list[SeenModule]
-    tensors: list[SeenTensor]
+    rows: KeysAndValues
+    places: Seen
+    modules: Seen
 
 
 class _Store:
@@ -86,41 +103,35 @@ class _Store:
         self.storage = storage
         self.used = FIRST
         self.kept: dict[str, _Kept] = {}
+        self.modules: list[nn.Module] = []
+        self.seen_modules = Seen()
 
-    def append(self, rows: KeysAndValues) -> tuple[int, int]:
-        """Put rows, each (number, heads, head size), behind the others. Returns where they start, and their number."""
+    def append(self, name: str, rows: KeysAndValues, places: Seen, modules: Seen) -> None:
+        """Put the rows of an adapter, each (number, heads, head size), behind the others."""
         start, length = self.used, len(rows[0])
-        for place, part in zip(self.storage, rows):
-            place[start : start + length] = part
         self.used += length
-        return start, length
+        there = self.storage[:, start : self.used]
+        for place, part in zip(there, rows):
+            place.copy_(part)
+        self.kept[name] = _Kept(start, length, (there[:1], there[1:]), places, modules)
 
-    def see(self, sources: Sources) -> tuple[list[SeenModule], list[SeenTensor]]:
-        """Note the state of what rows are about to be computed of. Adapters share what is noted of a module."""
-        known = {seen for kept in self.kept.values() for seen in kept.modules}
-        modules = [
-            next((seen for seen in known if seen.is_still(module)), None) or SeenModule(module)
-            for module in sources.modules
-        ]
-        return modules, [SeenTensor(tensor) for tensor in sources.tensors]
+    def see(self, sources: Sources) -> tuple[Seen, Seen]:
+        """Note the state of what rows are about to be computed of."""
+        if self.modules != sources.modules or not self.seen_modules.is_still():
+            self.modules, self.seen_modules = sources.modules, Seen(modules=sources.modules)
+        return Seen(sources.places), self.seen_modules
 
-    def changed(self, sources: Mapping[str, Sources]) -> list[str]:
+    def changed(self, names: Iterable[str]) -> list[str]:
         """Those adapters that have no rows here, or whose rows would be others today."""
-        checked: dict[tuple[int, int], bool] = {}
-        return [name for name, now in sources.items() if not self._is_still(self.kept.get(name), now, checked)]
-
-    def _is_still(self, kept: _Kept | None, now: Sources, checked: dict[tuple[int, int], bool]) -> bool:
-        if kept is None or len(kept.tensors) != len(now.tensors) or len(kept.modules) != len(now.modules):
-            return False
-        if not all(seen.is_still(tensor) for seen, tensor in zip(kept.tensors, now.tensors)):
-            return False
-        for seen, module in zip(kept.modules, now.modules):
-            pair = (id(seen), id(module))
-            if pair not in checked:  # most adapters have the same modules
-                checked[pair] = seen.is_still(module)
-            if not checked[pair]:
-                return False
-        return True
+        changed = []
+        still: Seen | None = None  # most adapters have the same modules
+        for name in names:
+            kept = self.kept.get(name)
+            if kept is None or not kept.places.is_still() or not (kept.modules is still or kept.modules.is_still()):
+                changed.append(name)
+            else:
+                still = kept.modules
+        return changed
 
 
 class KeptPrefixes:
@@ -128,7 +139,7 @@ class KeptPrefixes:
 
     What a prefix is computed of hardly ever changes during inference, so it is computed once. Nobody has to report a
     change: at each pass, all that the rows were computed of is compared with what it was (see
-    [`~e2vpt_peft.utils.seen.SeenTensor`]). Where a change would not be seen (norms and projections that another method
+    [`~e2vpt_peft.utils.seen.Seen`]). Where a change would not be seen (norms and projections that another method
     has wrapped, sharded and quantised weights), nothing is kept, and the prefix is computed at each pass.
 
     The rows of all adapters are in one tensor, so that those of a mixed batch are one `index_select`.
@@ -151,31 +162,33 @@ class KeptPrefixes:
 
     def rows(
         self,
-        sources: Mapping[str, Sources],
+        adapters: Sequence[str],
         dtype: torch.dtype,
+        device: torch.device,
+        sources: Callable[[str], Sources],
         compute: Callable[[list[str]], Sequence[KeysAndValues]],
     ) -> KeptRows | None:
-        """The rows of some adapters, in the order of `sources`; `None` if they cannot be kept.
+        """The rows of some adapters, in their order; `None` if they cannot be kept.
 
         Args:
-            sources (`Mapping[str, Sources]`): By the name of each adapter, what its rows are computed of.
-            dtype (`torch.dtype`): The type of the attention.
+            adapters (`Sequence[str]`): Their names.
+            dtype (`torch.dtype`), device (`torch.device`): Those of the attention.
+            sources (`Callable`): Says what the rows of an adapter are computed of.
             compute (`Callable`): Computes the rows of some of the adapters, keys and values of (number, heads, head
                 size) each.
         """
-        device = next(iter(sources.values())).tensors[0].device
         if not self.enabled or _is_recorded(device):
             return None
         key = (dtype, device, _autocast_type(device.type))
         store = self._stores.get(key)
-        if store is None or store.changed(sources):
-            if not all(now.can_be_seen() for now in sources.values()):
+        if store is None or store.changed(adapters):
+            now = {name: sources(name) for name in adapters}
+            if not all(one.can_be_seen() for one in now.values()):
                 self._stores.pop(key, None)
                 return None
             with self._lock, torch.inference_mode(False), torch.no_grad():
-                store = self._stores[key] = _renew(self._stores.get(key), sources, dtype, compute)
-        kept = [store.kept[name] for name in sources]
-        return KeptRows(store.storage, [one.start for one in kept], [one.length for one in kept])
+                store = self._stores[key] = _renew(self._stores.get(key), now, dtype, compute)
+        return KeptRows(store.storage, [store.kept[name] for name in adapters])
 
 
 def _renew(
@@ -193,7 +206,7 @@ def _renew(
     if store is None or store.used + needed > store.storage.shape[1]:
         store = _larger(book, needed, set(names), next(iter(computed.values()))[0].to(dtype))
     for name, rows in computed.items():
-        store.kept[name] = _Kept(*store.append(rows), *seen[name])
+        store.append(name, rows, *seen[name])
     return store
 
 
@@ -203,24 +216,26 @@ def _larger(store: _Store, needed: int, replaced: set[str], example: torch.Tenso
     count = FIRST + sum(kept.length for kept in others.values()) + needed
     # Some room for more, or else a thousand adapters, each new to the layer, would be copied a thousand times.
     larger = _Store(example.new_zeros(2, count + (count // 16 if others else 0), *example.shape[1:]))
+    larger.modules, larger.seen_modules = store.modules, store.seen_modules
     for name, kept in others.items():
-        keys, values = store.storage[:, kept.start : kept.start + kept.length]
-        larger.kept[name] = kept._replace(start=larger.append((keys, values))[0])
+        larger.append(name, (kept.rows[0][0], kept.rows[1][0]), kept.places, kept.modules)
     return larger
 
 
 def _autocast_type(device_type: str) -> torch.dtype | None:
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if _is_any_autocast_enabled() and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 
 
 def _is_recorded(device: torch.device) -> bool:
     """Whether what runs now is recorded, to run again with other values: then nothing may become a constant."""
+    # In each layer at each inference, so by the functions themselves: looking up `torch.jit.is_tracing` and asking for
+    # a proxy mode, where there is no mode at all, take longer than all the rest.
     return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or get_proxy_mode() is not None
+        is_compiling()
+        or _is_tracing()
+        or _are_functorch_transforms_active()
+        or ((_len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch()) and get_proxy_mode() is not None)
         or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
     )

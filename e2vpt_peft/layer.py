@@ -20,6 +20,7 @@ from .mixed_batch import RoutedModulesToSave
 from .prompt_shapes import KV_PROMPTS, SEGMENT_MASK, VISUAL_PROMPTS, prompt_shapes
 from .route import Route
 from .running_pass import Passes
+from .utils.seen import Place, place_of
 
 CANNOT_MERGE = (
     "E2VPT adapters cannot be merged: prompts are extra keys and values in the attention, to which no change of the "
@@ -211,17 +212,18 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         """Whether the running forward pass needs a prefix in this layer."""
         return not self.disable_adapters and any(map(self._is_in_prefix, self._running_adapters()))
 
-    def prefix(self, batch_size: int, dtype: torch.dtype) -> Prefix:
+    def prefix(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> Prefix:
         """The prefix of the running forward pass: for each adapter its deep visual prompts, then its key-value
         prompts.
 
         Args:
             batch_size (`int`):
                 The batch size in the attention, a multiple of the number of samples in windowed models.
-            dtype (`torch.dtype`): The type to compute in, for models without a norm in front of the attention.
+            dtype (`torch.dtype`): The type of the attention.
+            device (`torch.device`): Its device.
         """
         current, adapters = self.passes.current, self._running_adapters()
-        kept = self._kept_rows([name for name in adapters if self._is_in_prefix(name)], dtype)
+        kept = self._kept_rows([name for name in adapters if self._is_in_prefix(name)], dtype, device)
         if current.route is not None:
             if kept is None:
                 keys, values = zip(*self._compute_rows(adapters, self._prompt_samples(batch_size), dtype))
@@ -247,7 +249,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             joined.append((_cat([row[0].to(dtype) for row in rows]), _cat([row[1].to(dtype) for row in rows])))
         return joined
 
-    def _kept_rows(self, adapters: list[str], dtype: torch.dtype) -> KeptRows | None:
+    def _kept_rows(self, adapters: list[str], dtype: torch.dtype, device: torch.device) -> KeptRows | None:
         """The rows of adapters as an earlier inference has left them; `None` if they cannot be kept."""
         if self.training or torch.is_grad_enabled():
             return None
@@ -255,27 +257,25 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         def compute(names: list[str]) -> list[KeysAndValues]:
             return [(keys[0], values[0]) for keys, values in self._compute_rows(names, 1, dtype)]
 
-        return self.kept_prefixes.rows({name: self._sources(name) for name in adapters}, dtype, compute)
+        return self.kept_prefixes.rows(adapters, dtype, device, self._sources, compute)
 
     def _sources(self, adapter_name: str) -> Sources:
         """All that the rows of an adapter in the prefix are computed of."""
-        containers: list[Prompts] = []
         modules: list[nn.Module] = []
-        tensors: list[torch.Tensor] = []
+        places: list[Place] = []
+        # Whoever replaces the forward of a container (accelerate's offloading) has other parameters for each call.
+        for prompts in (self.e2vpt_visual_prompts, self.e2vpt_kv_prompts):
+            places += [place_of(prompts, adapter_name, "_parameters"), (vars(prompts).get, "forward")]
+            modules += [prompts] if "forward" in vars(prompts) else []
         if self._has_deep_prompts(adapter_name):
-            containers.append(self.e2vpt_visual_prompts)
-            if adapter_name in self.kept_components:
-                tensors.append(self.kept_components[adapter_name])
+            places.append(place_of(self.kept_components, adapter_name, "_buffers"))
+            places += self.site.places()
             norm = self.site.norm
             if isinstance(norm, RoutedModulesToSave):
+                places.append((norm.module_for, adapter_name))
                 norm = norm.module_for(adapter_name)
-            modules = [*([] if norm is None else [norm]), *self.site.projections()]
-        if adapter_name in self.e2vpt_kv_prompts:
-            containers.append(self.e2vpt_kv_prompts)
-        tensors += [prompts[adapter_name] for prompts in containers]
-        # Whoever replaces the forward of a container (accelerate's offloading) has other parameters for each call.
-        modules += [prompts for prompts in containers if "forward" in vars(prompts)]
-        return Sources(modules, tensors)
+            modules += [*([] if norm is None else [norm]), *self.site.projections()]
+        return Sources(places, modules)
 
     def num_inserted_tokens(self) -> int:
         """The number of shallow visual prompts that the running forward pass inserts in front of this layer."""
@@ -323,7 +323,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         return self.has_visual_prompts(adapter_name) and not self._is_shallow(adapter_name)
 
     def _is_in_prefix(self, adapter_name: str) -> bool:
-        return self._has_deep_prompts(adapter_name) or adapter_name in self.e2vpt_kv_prompts
+        return adapter_name in self.e2vpt_kv_prompts or self._has_deep_prompts(adapter_name)
 
     def _prompt_samples(self, batch_size: int) -> int:
         """The batch dimension of the prompts: 1 unless dropout makes them differ from sample to sample."""

@@ -259,13 +259,14 @@ def test_other_prompts_for_one_call_are_used() -> None:
         assert torch.equal(model(pixel_values=images()).logits, before)
 
 
-def test_a_traced_model_computes_its_prefix() -> None:
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_a_traced_model_computes_its_prefix(pre_dispatch: bool) -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     model = one()
     with torch.no_grad():
         model(pixel_values=images())
-        traced = make_fx(lambda pixels: model(pixel_values=pixels).logits)(images())
+        traced = make_fx(lambda pixels: model(pixel_values=pixels).logits, pre_dispatch=pre_dispatch)(images())
         for prompts in prompt_parameters(model).values():
             prompts.add_(1)
         torch.testing.assert_close(traced(images()), model(pixel_values=images()).logits)

@@ -72,7 +72,7 @@ def test_dropout_scales_what_it_keeps_so_that_the_mean_stays():
 def test_dropout_of_a_shared_prompt_hits_its_key_and_its_value_alike():
     layer = first_layer(get_peft_model(tiny_vit(), E2VPTConfig(num_visual_prompts=0, kv_prompt_dropout=0.5)))
     layer.train()
-    prefix = layer.prefix(6, torch.float32)
+    prefix = layer.prefix(6, torch.float32, torch.device("cpu"))
     assert torch.equal(prefix.keys, prefix.values)
     assert (prefix.keys == 0).any()
 
@@ -80,7 +80,7 @@ def test_dropout_of_a_shared_prompt_hits_its_key_and_its_value_alike():
 def test_without_dropout_a_prefix_has_no_batch_dimension():
     layer = first_layer(get_peft_model(tiny_vit(), E2VPTConfig(prompt_dropout=0.0)))
     layer.train()
-    assert layer.prefix(64, torch.float32).keys.shape == (1, 15, 4, 8)
+    assert layer.prefix(64, torch.float32, torch.device("cpu")).keys.shape == (1, 15, 4, 8)
 
 
 def test_a_new_layer_takes_over_the_mode_of_its_attention():

@@ -103,7 +103,7 @@ class SdpaMode(PrefixMode):
     ) -> torch.Tensor:
         if is_causal:
             raise ValueError(f"{self.attention} ran with is_causal=True: E2VPT needs bidirectional attention.")
-        prefix = self.source.prefix(query.shape[0], query.dtype)
+        prefix = self.source.prefix(query.shape[0], query.dtype, query.device)
         attn_mask = extend_mask(
             attn_mask,
             prefix.keys.shape[1],
@@ -163,7 +163,7 @@ class ProductsMode(PrefixMode):
         return any(tensor is other for other in self.normalized)
 
     def _start(self, query: torch.Tensor, key: torch.Tensor, scores: torch.Tensor) -> None:
-        prefix = self.source.prefix(query.shape[0], query.dtype)
+        prefix = self.source.prefix(query.shape[0], query.dtype, query.device)
         keys, self.values = (rows.transpose(1, 2).to(query.dtype) for rows in prefix[:2])
         if self._is_normalized(key):
             keys = F.normalize(keys, dim=-1)

@@ -84,7 +84,8 @@ class PrefixedConfig:
 
     @property
     def _attn_implementation(self) -> str:
-        return PREFIX_ATTENTION if self._source.has_prefix else self._config._attn_implementation
+        has_prefix = attending(self._source) is not None or self._source.has_prefix
+        return PREFIX_ATTENTION if has_prefix else self._config._attn_implementation
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_config", "_source", "_eager") or name.startswith("__"):  # while being copied or unpickled
@@ -126,7 +127,7 @@ def prefix_attention(
             f"{type(module).__name__} has a sliding window, from which '{implementation}' would exclude the "
             "prompts. Use model.set_attn_implementation('sdpa') or 'eager'."
         )
-    prefix = source.prefix(query.shape[0], query.dtype)
+    prefix = source.prefix(query.shape[0], query.dtype, query.device)
     count = prefix.keys.shape[1]
     attention_mask = extend_mask(
         attention_mask, count, query, key.shape[2], implementation, visible=prefix.visible, bias=prefix.bias

@@ -40,8 +40,8 @@ class PrefixSource(Protocol):
     def has_prefix(self) -> bool:
         """Whether the running forward pass needs a prefix."""
 
-    def prefix(self, batch_size: int, dtype: torch.dtype) -> Prefix:
-        """The prefix of the running forward pass, for a batch size and a type of the attention."""
+    def prefix(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> Prefix:
+        """The prefix of the running forward pass, for a batch size, a type and a device of the attention."""
 
 
 class _ThisThread(threading.local):

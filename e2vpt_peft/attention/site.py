@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..utils.seen import Place, place_of
 from .architectures import Architecture, architecture_of
 from .interception import PrefixMode, ProductsMode, SdpaMode, ThroughTorchFunctions, calls_sdpa
 from .interface import ThroughInterface, eager_attention_of
@@ -89,8 +90,15 @@ class AttentionSite:
 
     def projections(self) -> list[nn.Module]:
         """The modules that make keys and values of normed states, and the norm of keys if there is one."""
-        names = {self.key_projection, self.value_projection, self.key_norm or self.key_projection}
-        return [self._part(name) for name in sorted(names)]
+        return [self._part(name) for name in self._projection_names()]
+
+    def places(self) -> list[Place]:
+        """Where norm and projections are found."""
+        norm = [] if self.norm_owner is None else [place_of(self.norm_owner, self.norm_name)]
+        return norm + [place_of(self.attention, name) for name in self._projection_names()]
+
+    def _projection_names(self) -> list[str]:
+        return sorted({self.key_projection, self.value_projection, self.key_norm or self.key_projection})
 
     def normalize(self, states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Put states through the norm in front of the attention.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+
+Place = tuple[Callable[[str], Any], str]
+"""How something is found: a function, and what to give it. That of a dictionary, `get`, finds `None`, too."""
 
 PLAIN = {nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Identity}
 """Modules whose output depends on nothing but their input, their parameters and `CONSTANTS`."""
@@ -17,70 +21,86 @@ CONSTANTS = ("eps", "variance_epsilon")
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By the size of an element, what to compare it as: NumPy has no bfloat16, and NaN is not equal to itself."""
 
+FEW, MANY = 64, 256
+"""How many values of a large tensor are compared; of a tensor that is found by itself, two in each row, up to many."""
 
-class SeenTensor:
-    """A tensor as it was.
+
+class Seen:
+    """Things as they were, and the places where they were found.
+
+    All that is compared is in flat lists. It is compared in each layer at each inference, between products that leave
+    nothing in the CPU's caches, so that every object that has to be looked at costs time.
 
     PyTorch counts changes of a tensor in place (`_version`), and other memory has another address. Changes in place
     through `.data`, as moving averages of weights make them, have neither. On the CPU some values are compared for
-    that reason: 20 or more in each row of prompts, 512 or more of a large matrix. On other devices, Python
-    would have to wait for the device.
+    that reason, two in each prompt and 64 in each weight. On other devices, Python would have to wait for the device.
 
     Args:
-        tensor (`torch.Tensor`): The tensor; one that [`can_be_seen`].
+        places (`Iterable[Place]`):
+            Where things are found: functions, and what to give them. Of a tensor that is found, the values are
+            watched as well; it has to be one that [`can_be_seen`].
+        modules (`Iterable[nn.Module]`): Modules that have to compute what they did; each one that [`is_plain`].
     """
 
-    __slots__ = ("_content", "_memory", "_sample", "_tensor", "_version")
+    __slots__ = ("_contents", "_emptiness", "_found", "_kinds", "_memory", "_tensors")
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = weakref.ref(tensor)
-        self._version = tensor._version
-        self._memory = tensor.detach()  # kept, so that no other tensor gets its address
-        self._sample = _sample(self._memory)
-        self._content = None if self._sample is None else self._sample.tobytes()
+    def __init__(self, places: Iterable[Place] = (), modules: Iterable[nn.Module] = ()) -> None:
+        self._found: list[tuple[Callable[[str], Any], str, Any]] = []
+        self._kinds: list[tuple[nn.Module, type[nn.Module], Any]] = []
+        self._emptiness: list[dict[str, Any]] = []
+        self._tensors: list[tuple[torch.Tensor, int, int]] = []
+        self._contents: list[tuple[Any, bytes]] = []
+        self._memory: list[torch.Tensor] = []
+        for place in places:
+            self._see(place, MANY)
+        for module in modules:
+            self._kinds.append((module, type(module), type(module).forward))
+            own = vars(module)
+            self._emptiness += [own["_modules"], own["_buffers"]]
+            for name in ("forward", "_parameters", *(name for name in CONSTANTS if name in own)):
+                self._see((own.get, name), FEW)
+            for name in own["_parameters"]:
+                self._see((own["_parameters"].get, name), FEW)
 
-    def is_still(self, tensor: torch.Tensor | None) -> bool:
-        """Whether a tensor is this one, unchanged."""
-        return (
-            tensor is not None
-            and self._tensor() is tensor
-            and self._version == tensor._version
-            and self._memory.data_ptr() == tensor.data_ptr()
-            and (self._sample is None or self._sample.tobytes() == self._content)
-        )
+    def _see(self, place: Place, most: int) -> None:
+        find, name = place
+        thing = find(name)
+        self._found.append((find, name, thing))
+        if isinstance(thing, torch.Tensor):
+            self._tensors.append((thing, thing._version, thing.data_ptr()))
+            memory = thing.detach()  # kept, so that no other tensor gets its address
+            self._memory.append(memory)
+            values = _sample(memory, most)
+            if values is not None:
+                self._contents.append((values, values.tobytes()))
+
+    def is_still(self) -> bool:
+        """Whether the same things are found, unchanged."""
+        # Loops of their own are quicker than `all` of generators.
+        for find, name, thing in self._found:
+            if find(name) is not thing:
+                return False
+        for tensor, version, address in self._tensors:
+            if tensor.data_ptr() != address or tensor._version != version:
+                return False
+        for module, kind, forward in self._kinds:
+            if type(module) is not kind or kind.forward is not forward:
+                return False
+        return not any(self._emptiness) and all(values.tobytes() == content for values, content in self._contents)
 
 
-class SeenModule:
-    """A module as it was.
+def place_of(owner: nn.Module, name: str, kind: str = "_modules") -> Place:
+    """Where a module, a parameter or a buffer of another module is, or would be.
 
     Args:
-        module (`nn.Module`): The module; one that [`is_plain`].
+        owner (`nn.Module`): The other module.
+        name (`str`): Its name there.
+        kind (`str`): Which of `_modules`, `_parameters` and `_buffers` it belongs to.
     """
-
-    __slots__ = ("_constants", "_forward", "_module", "_parameters")
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = weakref.ref(module)
-        self._forward = type(module).forward
-        self._constants = _constants(module)
-        self._parameters = {
-            name: None if tensor is None else SeenTensor(tensor) for name, tensor in module._parameters.items()
-        }
-
-    def is_still(self, module: nn.Module | None) -> bool:
-        """Whether a module is this one, and computes what it did."""
-        return (
-            module is not None
-            and self._module() is module
-            and self._forward is type(module).forward
-            and _constants(module) == self._constants
-            and is_plain(module)
-            and self._parameters.keys() == module._parameters.keys()
-            and all(
-                seen is tensor if seen is None else seen.is_still(tensor)
-                for seen, tensor in zip(self._parameters.values(), module._parameters.values())
-            )
-        )
+    part = vars(owner)[kind]
+    if name not in part and hasattr(owner, name):  # found elsewhere, as by wrappers, or computed
+        return partial(getattr, owner), name
+    return part.get, name
 
 
 def can_be_seen(tensor: torch.Tensor | None) -> bool:
@@ -102,17 +122,15 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
-def _constants(module: nn.Module) -> tuple[Any, ...]:
-    own = vars(module)
-    return tuple(own.get(name) for name in CONSTANTS)
-
-
-def _sample(memory: torch.Tensor) -> Any:
+def _sample(memory: torch.Tensor, most: int) -> Any:
     """Some of the values of a tensor on the CPU, as an array in the same memory."""
     if memory.device.type != "cpu" or memory.dim() == 0:
         return None
-    values = memory.view(INTEGERS[memory.element_size()])
-    if values.dim() == 2 and len(values) > 256:
-        return values[:: len(values) // 32, :: values.shape[1] // 16 | 1].numpy()
-    # An odd step comes upon every segment of a prompt, whatever their number: they are every 16th component or so.
-    return values[..., :: min(values.shape[-1] // 24, 32) | 1].numpy()
+    values, width = memory.view(INTEGERS[memory.element_size()]), memory.shape[-1]
+    if not memory.is_contiguous():
+        return values[..., :: min(width // 24, 32) | 1].numpy()
+    # Each value is a line of memory to wait for. The step is odd, so that it comes upon all segments of prompts; if it
+    # is longer than a row, it goes by the golden ratio of a row to the side, so that it comes upon all heads.
+    step = memory.numel() // min(max(FEW, 2 * memory.numel() // width), most)
+    step += int(0.382 * width) if step >= width else 0
+    return values.view(-1)[:: step | 1].numpy()

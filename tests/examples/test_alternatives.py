@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from examples.benchmarks.alternatives import compare_joining, main, share_dropout
+from examples.benchmarks.alternatives import compare_joining, concatenated, joined, main, share_dropout
 
 
 def test_the_ways_to_join_two_attentions_agree() -> None:
@@ -17,3 +18,15 @@ def test_the_parts_of_dropout_are_those_of_a_whole() -> None:
 def test_both_tables_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--rounds", "1", "--batch-sizes", "1", "--rows", "3"])
     assert capsys.readouterr().out.count("| 1 | 3 |") == 1
+
+
+def test_the_kernel_gives_the_log_sum_exp_no_gradient() -> None:
+    """So that joined attention cannot be trained: gradients of values are right, those of queries and keys are not."""
+    sequence = [torch.randn(1, 2, 8, 16, requires_grad=True) for _ in range(3)]
+    prefix = [torch.randn(1, 3, 2, 16, requires_grad=True) for _ in range(2)]
+    found, expected = (
+        torch.autograd.grad(way(*sequence, *prefix).square().sum(), [*sequence, *prefix])
+        for way in (joined, concatenated)
+    )
+    for index, right in enumerate([False, False, True, False, True]):
+        assert torch.allclose(found[index], expected[index], atol=1e-4) == right

@@ -1,13 +1,20 @@
-"""A search that is cut off after some events."""
+"""A search that is cut off after some events.
+
+`python -m tests.trainer.interrupted FOLDER EVENTS OPTIONS` starts or resumes one that kills itself. The benchmark of a
+GPU runs it.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from e2vpt_peft import E2VPTTrainer
@@ -95,3 +102,11 @@ def start(folder: Any, events: Events, resume: bool, **options: Any) -> Any:
         return trainer, trainer.train(resume_from_checkpoint=resume)
     finally:
         files.os = os
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    target, number, given = sys.argv[1:]
+    kill = Events(float(number), lambda: os.kill(os.getpid(), signal.SIGKILL))
+    finished, _ = start(target, kill, (Path(target) / "_pruning_state").exists(), **json.loads(given))
+    finished.save_model(str(Path(target) / "result"))

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
+import sys
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -88,6 +91,19 @@ def test_halving_from_fresh_values_is_resumed_as_well(tmp_path, uninterrupted):
     assert results(tmp_path) == results(folder)
     assert results(folder)["best"] != "unpruned"
     same(snapshot(trainer), expected, 1e-6)
+
+
+def test_as_a_program_a_search_kills_itself_and_is_resumed(tmp_path, monkeypatch, uninterrupted):
+    folder, _ = uninterrupted("nothing", **SAVING["nothing"], pruning=SMALL)
+    monkeypatch.setattr(os, "kill", lambda *_: interrupt())
+    options = json.dumps({**SAVING["nothing"], "pruning": SMALL})
+    for events in ("14", "inf"):
+        monkeypatch.setattr(sys, "argv", ["", str(tmp_path), events, options])
+        with pytest.raises(Interruption) if events == "14" else nullcontext():
+            runpy.run_module("tests.trainer.interrupted", run_name="__main__", alter_sys=True)
+        assert (tmp_path / "pruning_results.json").exists() == (events == "inf")
+    assert results(tmp_path) == results(folder)
+    assert (tmp_path / "result").is_dir()
 
 
 @pytest.mark.slow

@@ -6,8 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from e2vpt_peft.utils.seen import SeenModule, SeenTensor, can_be_seen, is_plain
+from e2vpt_peft.utils.seen import Seen, can_be_seen, is_plain, place_of
+
+
+def seen_tensor(tensor: torch.Tensor) -> Seen:
+    return Seen([({"tensor": tensor}.get, "tensor")])
+
 
 SHAPES = [(5,), (10, 384), (2, 6, 5, 64), (768, 768)]
 
@@ -17,10 +23,10 @@ SHAPES = [(5,), (10, 384), (2, 6, 5, 64), (768, 768)]
 def test_an_untouched_tensor_is_still_what_it_was(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tensor = nn.Parameter(torch.randn(shape, dtype=dtype))
     tensor.data[..., 0] = float("nan")
-    seen = SeenTensor(tensor)
-    assert seen.is_still(tensor)
+    seen = seen_tensor(tensor)
+    assert seen.is_still()
     with torch.inference_mode():
-        assert seen.is_still(tensor)
+        assert seen.is_still()
 
 
 def add(tensor: torch.Tensor) -> None:
@@ -45,41 +51,96 @@ def set_data(tensor: torch.Tensor) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_changed_tensor_is_not(change: Callable[[torch.Tensor], None], shape: tuple[int, ...]) -> None:
     tensor = nn.Parameter(torch.randn(shape))
-    seen = SeenTensor(tensor)
+    seen = seen_tensor(tensor)
     change(tensor)
-    assert not seen.is_still(tensor)
+    assert not seen.is_still()
 
 
-def test_another_tensor_is_not_the_one_that_was_seen() -> None:
-    tensor = torch.randn(3, 8)
-    seen = SeenTensor(tensor)
-    assert not seen.is_still(tensor.clone())
-    assert not seen.is_still(tensor.detach())  # of the same memory
-    assert not seen.is_still(None)
+@pytest.mark.parametrize(
+    "other",
+    [lambda tensor: tensor.clone(), lambda tensor: tensor.detach(), lambda tensor: None],
+    ids=["equal", "of the same memory", "none"],
+)
+def test_another_tensor_in_its_place_is_noticed(other: Callable[[torch.Tensor], Any]) -> None:
+    place = {"prompts": torch.randn(3, 8)}
+    seen = Seen([(place.get, "prompts")])
+    place["prompts"] = other(place["prompts"])
+    assert not seen.is_still()
 
 
-def test_a_tensor_that_is_gone_is_not_taken_for_a_missing_one() -> None:
-    seen = SeenTensor(torch.randn(3, 8))
-    assert not seen.is_still(None)
+@pytest.mark.parametrize("inference", [False, True])
+def test_memory_that_was_made_in_inference_mode_is_noticed(inference: bool) -> None:
+    tensor = nn.Parameter(torch.randn(3, 8))
+    seen = seen_tensor(tensor)
+    with torch.inference_mode(inference):
+        tensor.data = torch.randn(3, 8)
+    assert not seen.is_still()
 
 
-@pytest.mark.parametrize("segment", range(16))
-def test_each_prompt_and_each_segment_of_it_is_looked_at(segment: int) -> None:
-    for hidden_size in (192, 384, 768, 1024, 1280):
-        tensor = nn.Parameter(torch.randn(12, hidden_size))
-        seen = SeenTensor(tensor)
-        tensor.data[7, segment::16] = 0
-        assert not seen.is_still(tensor)
+def test_something_in_an_empty_place_is_noticed() -> None:
+    containers = nn.ParameterDict()
+    seen = Seen([place_of(containers, "default", "_parameters")])
+    assert seen.is_still()
+    containers["default"] = torch.zeros(2)
+    assert not seen.is_still()
+
+
+def test_a_module_that_a_wrapper_forwards_to_is_found_again() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = nn.ModuleDict({"norm": nn.LayerNorm(8)})
+
+        def __getattr__(self, name: str) -> Any:
+            return self.inside["norm"] if name == "norm" else super().__getattr__(name)
+
+    wrapper = Wrapper()
+    seen = Seen([place_of(wrapper, "norm")])
+    assert seen.is_still()
+    wrapper.inside["norm"] = nn.LayerNorm(8)
+    assert not seen.is_still()
+
+
+def test_a_computed_parameter_is_another_one_each_time() -> None:
+    containers = nn.ParameterDict({"default": torch.ones(2, 2)})
+    nn.utils.parametrize.register_parametrization(containers, "default", nn.ReLU())
+    assert not Seen([place_of(containers, "default", "_parameters")]).is_still()
+
+
+@pytest.mark.parametrize("count", [1, 10, 100, 200])
+@pytest.mark.parametrize("hidden_size", [192, 384, 768, 1024, 1280])
+def test_each_prompt_and_each_segment_is_looked_at(count: int, hidden_size: int) -> None:
+    tensor = nn.Parameter(torch.randn(count, hidden_size))
+    prompts = [(prompt,) for prompt in range(count)]
+    segments = [(slice(None), slice(segment, None, 16)) for segment in range(16)]
+    for place in prompts + segments:
+        seen = seen_tensor(tensor)
+        tensor.data[place] *= 2
+        assert not seen.is_still(), place
+
+
+@pytest.mark.parametrize("count", [1, 5, 50])
+@pytest.mark.parametrize("heads", [3, 6, 12, 16])
+def test_each_key_value_prompt_is_looked_at_in_each_head(count: int, heads: int) -> None:
+    tensor = nn.Parameter(torch.randn(heads, count, 64))
+    for head in range(heads):
+        seen = seen_tensor(tensor)
+        tensor.data[head] *= 2
+        assert not seen.is_still(), head
+    for prompt in range(count):
+        seen = seen_tensor(tensor)
+        tensor.data[:, prompt] *= 2
+        assert not seen.is_still(), prompt
 
 
 @pytest.mark.parametrize(("hidden_size", "head_size"), [(192, 64), (384, 64), (768, 64), (1024, 64), (1280, 80)])
 def test_each_head_of_a_projection_is_looked_at(hidden_size: int, head_size: int) -> None:
-    tensor = nn.Parameter(torch.randn(hidden_size, hidden_size))
+    projection = nn.Linear(hidden_size, hidden_size)
     for start in range(0, hidden_size, head_size):
         for place in ((slice(start, start + head_size),), (slice(None), slice(start, start + head_size))):
-            seen = SeenTensor(tensor)
-            tensor.data[place] *= 2
-            assert not seen.is_still(tensor), (start, place)
+            seen = Seen(modules=[projection])
+            projection.weight.data[place] *= 2
+            assert not seen.is_still(), (start, place)
 
 
 def replace_forward(module: Any) -> None:
@@ -88,10 +149,6 @@ def replace_forward(module: Any) -> None:
 
 def remove_bias(module: Any) -> None:
     module.bias = None
-
-
-def widen(module: Any) -> None:
-    module.eps = 0.5
 
 
 def change_weight(module: Any) -> None:
@@ -113,17 +170,25 @@ def put_parts_in(module: Any) -> None:
 
 @pytest.mark.parametrize("make", [lambda: nn.LayerNorm(8), lambda: nn.Linear(8, 8)], ids=["norm", "linear"])
 @pytest.mark.parametrize(
-    "change", [replace_forward, remove_bias, widen, change_weight, compute_weight, subclass, put_parts_in]
+    "change", [replace_forward, remove_bias, change_weight, compute_weight, subclass, put_parts_in]
 )
 def test_a_module_that_would_compute_something_else_is_not_still_the_same(
     make: Callable[[], nn.Module], change: Callable[[Any], None]
 ) -> None:
     module = make()
-    seen = SeenModule(module)
-    assert seen.is_still(module)
-    assert not seen.is_still(make())
+    seen = Seen(modules=[module])
+    assert seen.is_still()
     change(module)
-    assert not seen.is_still(module)
+    assert not seen.is_still()
+
+
+@pytest.mark.parametrize(("make", "name"), [(nn.LayerNorm, "eps"), (Qwen2RMSNorm, "variance_epsilon")])
+def test_another_eps_is_noticed(make: Callable[[int], nn.Module], name: str) -> None:
+    module = make(8)
+    seen = Seen(modules=[module])
+    assert seen.is_still()
+    setattr(module, name, 0.5)
+    assert not seen.is_still()
 
 
 def test_only_what_depends_on_nothing_else_is_plain() -> None:
