@@ -21,6 +21,7 @@ from .prompt_shapes import KV_PROMPTS, SEGMENT_MASK, VISUAL_PROMPTS, prompt_shap
 from .route import Route
 from .running_pass import Passes
 from .utils.seen import Place, place_of
+from .utils.shards import is_sharded
 
 CANNOT_MERGE = (
     "E2VPT adapters cannot be merged: prompts are extra keys and values in the attention, to which no change of the "
@@ -153,7 +154,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
     def _is_untrained(self, adapter_name: str) -> bool:
         for name, initial in self.initial_prompts.get(adapter_name, {}).items():
             parameter = getattr(self, name)[adapter_name]
-            if parameter.is_meta:
+            if parameter.is_meta or is_sharded(parameter):  # whose values nobody can compare; nor can it be rewound
                 return True
             current = self.full_prompts(adapter_name) if name == VISUAL_PROMPTS else parameter.detach()
             if not torch.equal(current.cpu(), initial.to(current.dtype)):

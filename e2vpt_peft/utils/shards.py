@@ -25,6 +25,11 @@ def refuse_shards(model: nn.Module) -> None:
         )
 
 
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether this process has only a part of a tensor."""
+    return isinstance(tensor, DTensor) or _is_zero3(tensor)
+
+
 @contextmanager
 def gathered(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Tensors in full, on every process, whether they are sharded or not. All processes have to come here."""
