@@ -154,7 +154,8 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
     def _is_untrained(self, adapter_name: str) -> bool:
         for name, initial in self.initial_prompts.get(adapter_name, {}).items():
             parameter = getattr(self, name)[adapter_name]
-            if parameter.is_meta or is_sharded(parameter):  # whose values nobody can compare; nor can it be rewound
+            # There are no values to compare. What is in shards cannot be rewound, either.
+            if parameter.is_meta or is_sharded(parameter):
                 return True
             current = self.full_prompts(adapter_name) if name == VISUAL_PROMPTS else parameter.detach()
             if not torch.equal(current.cpu(), initial.to(current.dtype)):

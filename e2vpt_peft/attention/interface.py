@@ -84,6 +84,7 @@ class PrefixedConfig:
 
     @property
     def _attn_implementation(self) -> str:
+        # The layer has just asked itself, unless somebody runs the wrapped attention alone.
         has_prefix = attending(self._source) is not None or self._source.has_prefix
         return PREFIX_ATTENTION if has_prefix else self._config._attn_implementation
 

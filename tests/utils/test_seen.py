@@ -107,6 +107,14 @@ def test_a_computed_parameter_is_another_one_each_time() -> None:
     assert not Seen([place_of(containers, "default", "_parameters")]).is_still()
 
 
+def test_a_tensor_in_another_order_of_memory_is_looked_at() -> None:
+    tensor = nn.Parameter(torch.randn(400, 300).T)
+    seen = seen_tensor(tensor)
+    assert seen.is_still()
+    tensor.data *= 2
+    assert not seen.is_still()
+
+
 @pytest.mark.parametrize("count", [1, 10, 100, 200])
 @pytest.mark.parametrize("hidden_size", [192, 384, 768, 1024, 1280])
 def test_each_prompt_and_each_segment_is_looked_at(count: int, hidden_size: int) -> None:

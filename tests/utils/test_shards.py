@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from e2vpt_peft.utils.shards import gathered, refuse_shards
+from e2vpt_peft.utils.shards import gathered, is_sharded, refuse_shards
 
 
 @pytest.fixture
@@ -64,6 +64,14 @@ def test_tensors_of_fsdp_are_given_in_full(one_process):
     with gathered([part, whole]) as values:
         assert type(part) is DTensor and [type(value) for value in values] == [torch.Tensor] * 2
         assert all(torch.equal(value, whole) for value in values)
+
+
+def test_a_part_of_a_tensor_is_told_from_a_whole_one(one_process):
+    whole = nn.Parameter(torch.arange(4.0))
+    assert not is_sharded(whole)
+    assert is_sharded(nn.Parameter(distribute_tensor(whole, one_process, [Shard(0)])))
+    whole.ds_id = 7
+    assert is_sharded(whole)
 
 
 def test_tensors_of_zero_3_are_gathered_by_deepspeed_while_they_are_used(monkeypatch):
