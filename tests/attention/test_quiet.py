@@ -54,6 +54,16 @@ def test_hooks_inside_of_a_projection_with_lora_see_the_users_data_only(register
     assert shapes == [(3, 17, 32)]
 
 
+class Doubled(nn.Linear):
+    def __call__(self, states):
+        return 2 * super().__call__(states)
+
+
+def test_a_call_of_a_projections_own_counts():
+    projection, states = Doubled(4, 2), torch.randn(3, 4)
+    torch.testing.assert_close(quietly(projection, states), 2 * projection.forward(states))
+
+
 class Normed(nn.Module):
     def __init__(self):
         super().__init__()
