@@ -170,8 +170,6 @@ class E2VPTModel(BaseTuner):
             is_first_layer = not any(isinstance(module, E2VPTLayer) for module in self.model.modules())
             layer.attach(SampleCount(*find_block(self.model, current_key), self.model if is_first_layer else None))
         layer.update_layer(adapter_name, peft_config, has_visual_prompts)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
         if has_visual_prompts and is_shallow:

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from e2vpt_peft import E2VPTConfig, E2VPTLayer
+from e2vpt_peft.attention.tokens import find_stack
 
 from ..support.adapted import adapt
 from ..support.bare import Bare, BareBlock
@@ -138,15 +139,19 @@ class TupleBlock(BareBlock):
 
 
 class TupleBare(Bare):
+    """Returns all hidden states, and some that are of fewer tokens."""
+
     def __init__(self, skips_last):
         super().__init__()
         self.blocks = torch.nn.ModuleList([TupleBlock(), TupleBlock()])
         self.skips_last = skips_last
 
     def forward(self, x):
+        states = []
         for block in self.blocks[: 1 if self.skips_last else 2]:
             x, beside = block(x)
-        return x, beside
+            states.append(x)
+        return x, (*states, x[:, :2]), beside
 
 
 @pytest.mark.parametrize("skips_last", [False, True])
@@ -162,9 +167,9 @@ def test_layers_and_models_may_return_tuples(skips_last):
     plain.blocks = plain.blocks[: 1 if skips_last else 2]
     x, (tokens,) = torch.randn(2, 5, 8), prompt_parameters(model).values()
     expected = plain(torch.cat([x[:, :1], tokens.expand(2, -1, -1), x[:, 1:]], 1))
-    states, beside = model(x)
+    states, recorded, beside = model(x)
     torch.testing.assert_close(states, torch.cat([expected[:, :1], expected[:, 1 + len(tokens) :]], 1))
-    assert beside == "beside"
+    assert [state.shape[1] for state in recorded] == [5] * (len(recorded) - 1) + [2] and beside == "beside"
 
 
 def wav2vec2(kept=(0, 1, 2)):
@@ -289,3 +294,15 @@ def test_more_special_tokens_than_there_are_tokens_are_refused():
     model = get_peft_model(tiny_vit(), E2VPTConfig(**SHALLOW, num_special_tokens=18)).eval()
     with pytest.raises(ValueError, match="num_special_tokens=18 is more than the 17 tokens of the sequence"):
         model(pixel_values=images())
+
+
+def test_a_stack_is_the_innermost_list_that_a_module_is_in():
+    model = torch.nn.ModuleDict({
+        "stages": torch.nn.ModuleList([torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([BareBlock()])})]),
+        "neck": BareBlock(),
+    })  # fmt: skip
+    found = {name: find_stack(model, name) for name in ("stages.0.blocks.0.attn", "stages.0.blocks.0", "stages.0")}
+    assert [stack.name for stack in found.values()] == ["blocks", "blocks", "stages"]
+    assert [len(stack.ancestors) for stack in found.values()] == [3, 3, 1]
+    with pytest.raises(ValueError, match="'neck.attn' is in no stack .* Use visual_prompt_depth='deep'"):
+        find_stack(model, "neck.attn")

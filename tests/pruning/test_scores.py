@@ -90,12 +90,19 @@ def test_bad_input_is_refused_in_words():
 
 
 @pytest.mark.parametrize(
-    ("batches", "max_batches", "total"),
-    [(data(3), None, 3), (data(3), 2, 2), (iter(data(3)), 2, 2), (iter(data(3)), None, None)],
+    ("batches", "max_batches", "shown"),
+    [
+        (data(3), None, "3/3 "),
+        (data(3), 2, "2/2 "),
+        (iter(data(3)), 2, "2/2 "),
+        (iter(data(3)), None, "3it "),
+    ],
 )
-def test_the_bar_says_how_many_batches_there_are(batches, max_batches, total, monkeypatch):
-    bars = []
-    bar = "e2vpt_peft.pruning.scores.tqdm"
-    monkeypatch.setattr(bar, lambda batches, description, total, disable: bars.append(total) or batches)
+def test_the_bar_says_how_many_batches_there_are(batches, max_batches, shown, capsys):
     score_prompts(adapted(), batches, max_batches=max_batches)
-    assert bars == [total]
+    assert shown in capsys.readouterr().err
+
+
+def test_the_bar_can_be_left_out(capsys):
+    score_prompts(adapted(), data(2), progress_bar=False)
+    assert capsys.readouterr().err == ""
