@@ -131,6 +131,21 @@ def test_a_plain_model_without_a_config_takes_tokens(num_kv_prompts):
     assert not torch.allclose(model(x), bare(x))
 
 
+class PooledBare(Bare):
+    def forward(self, x):
+        return super().forward(x).mean(1)
+
+
+@torch.no_grad()
+def test_what_comes_behind_the_last_layer_in_the_same_module_sees_no_prompts():
+    config = {"target_modules": ["attn"], "attention_norm": "ln_1", "num_kv_prompts": 0, "num_special_tokens": 1}
+    whole = adapt(Bare(), **config, visual_prompt_depth="shallow")
+    pooled = adapt(PooledBare(), **config, visual_prompt_depth="shallow")
+    pooled.load_state_dict(whole.state_dict())
+    x = torch.randn(2, 5, 8)
+    torch.testing.assert_close(pooled(x), whole(x).mean(1))
+
+
 class TupleBlock(BareBlock):
     """Returns something beside the hidden states, as layers used to."""
 
@@ -170,6 +185,32 @@ def test_layers_and_models_may_return_tuples(skips_last):
     states, recorded, beside = model(x)
     torch.testing.assert_close(states, torch.cat([expected[:, :1], expected[:, 1 + len(tokens) :]], 1))
     assert [state.shape[1] for state in recorded] == [5] * (len(recorded) - 1) + [2] and beside == "beside"
+
+
+class MaskedBlock(BareBlock):
+    def forward(self, x, attention_mask, factor):
+        self.mask = attention_mask
+        return factor * super().forward(x)
+
+
+class MaskedBare(Bare):
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([MaskedBlock(), MaskedBlock()])
+
+    def forward(self, x):
+        mask = torch.zeros(len(x), 1, x.shape[1], x.shape[1])
+        for block in self.blocks:
+            x = block(x, mask, 2.0)
+        return x
+
+
+@torch.no_grad()
+def test_what_comes_behind_the_mask_by_position_is_handed_on():
+    config = {"target_modules": ["attn"], "attention_norm": "ln_1", "num_kv_prompts": 0, "num_special_tokens": 1}
+    model = adapt(MaskedBare(), **config, visual_prompt_depth="shallow", num_visual_prompts=3)
+    assert model(torch.randn(2, 5, 8)).shape == (2, 5, 8)
+    assert {tuple(block.mask.shape) for block in model.base_model.model.blocks} == {(2, 1, 8, 8)}
 
 
 def wav2vec2(kept=(0, 1, 2)):
