@@ -57,22 +57,23 @@ def test_a_causal_call_is_an_error(monkeypatch):
 class WrittenOut(nn.Module):
     """Attention as products and a softmax, of which `then` does something to the scores."""
 
-    def __init__(self, bare, then=lambda scores: scores):
+    def __init__(self, bare, then=lambda scores: scores, dropout=0.0):
         super().__init__()
-        self.bare, self.then = bare, then
+        self.bare, self.then, self.dropout = bare, then, dropout
 
     def forward(self, x):
         q, k, v = self.bare.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
         scores = self.then(q @ k.transpose(-2, -1) / 2)
-        return self.bare.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        probabilities = nn.functional.dropout(scores.softmax(-1), self.dropout)
+        return self.bare.proj((probabilities @ v).transpose(1, 2).flatten(2))
 
 
-def written_out(then):
+def written_out(then, dropout=0.0):
     model = adapt(Bare(), **CONFIG)
     expected = model(torch.ones(2, 5, 8).cumsum(1))
     for layer in adapted_layers(model).values():
         layer.site = replace(layer.site, way_in=ThroughTorchFunctions(ProductsMode, "WrittenOut"))
-        layer.forward = intercepted(layer, WrittenOut(layer.base_layer, then))
+        layer.forward = intercepted(layer, WrittenOut(layer.base_layer, then, dropout))
     return model, expected
 
 
@@ -89,6 +90,14 @@ def test_attention_that_is_written_out_gives_the_same():
         lambda scores: nn.functional.dropout(scores, 0.0).view(2, 1, 2, 5, 5).view(2, 2, 5, 5)
     )
     torch.testing.assert_close(model(torch.ones(2, 5, 8).cumsum(1)), expected)
+
+
+@torch.no_grad()
+def test_attention_to_prompts_is_dropped_as_well():
+    x = torch.ones(2, 5, 8).cumsum(1)
+    model, _ = written_out(lambda scores: scores, dropout=1.0)
+    for block in model.base_model.model.blocks:
+        assert torch.equal(block.attn(block.ln_1(x)), block.attn.base_layer.proj.bias.expand(2, 5, -1))
 
 
 @pytest.mark.parametrize("way", ["sdpa", "written out"])
