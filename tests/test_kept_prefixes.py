@@ -63,6 +63,31 @@ def test_a_second_inference_computes_no_prefix(guard: Any, computed: list[list[s
     assert len(computed) == 2 * LAYERS
 
 
+@torch.no_grad()
+def test_each_row_is_normed_as_the_running_pass_norms() -> None:
+    """With an adapter's norm in modules_to_save: in a mixed batch its own rows, else those of all active adapters."""
+    prompts = {"num_visual_prompts": 3, "num_kv_prompts": 2}
+    configs = {"a": prompts, "b": {**prompts, "modules_to_save": None}}
+    model = adapted(tiny_vit(), configs, ["layernorm_before"])
+    for name, parameter in model.named_parameters():
+        if "layernorm_before" in name:
+            parameter.add_(torch.randn_like(parameter))
+
+    def everything() -> list[torch.Tensor]:
+        found = []
+        for active in (["b"], ["a", "b"], ["b"], ["a"]):
+            model.base_model.set_adapter(active)
+            found.append(model(pixel_values=images()).logits)
+            found.append(model(pixel_values=images(), adapter_names=["b", "a", "b"]).logits)
+        return found
+
+    kept = everything()
+    assert len(stores(model)) == LAYERS
+    keep_prefixes(model, False)
+    for with_kept, without in zip(kept, everything(), strict=True):
+        torch.testing.assert_close(with_kept, without)
+
+
 def test_training_and_gradients_keep_nothing(computed: list[list[str]]) -> None:
     model = one()
     for _ in range(2):
