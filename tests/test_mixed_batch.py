@@ -18,6 +18,7 @@ from e2vpt_peft import E2VPTConfig
 from e2vpt_peft.route import Route
 from e2vpt_peft.running_pass import RunningPass, passes_of
 
+from .support.bare import Bare
 from .support.flex import skip_where_torch_is_wrong
 from .support.models import TINY_MODELS, images, tiny_vit
 
@@ -333,3 +334,18 @@ def test_threads_that_share_a_model_get_their_own_results() -> None:
     assert wrong == []
     assert not barrier.broken
     assert passes_of(model).current == RunningPass()
+
+
+class BareWithAHead(Bare):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(super().forward(x)[:, 0])
+
+
+def test_a_batch_without_samples_gives_no_logits() -> None:
+    sizes = {"target_modules": ["attn"], "attention_norm": "ln_1", "num_segments": 4}
+    model = adapted(BareWithAHead(), {"a": sizes, "b": sizes}, ["head"])
+    assert model(torch.randn(0, 5, 8), adapter_names=[]).shape == (0, 3)

@@ -290,5 +290,5 @@ def _patch_fan_in(config: Any, hidden_size: int) -> int:
         patch_size, tubelet_size = tuple(tubelet_size)[1:], tubelet_size[0]
     if patch_size is None:
         return hidden_size
-    height, width = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)[-2:]
+    height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
     return int(prod((getattr(config, "num_channels", 3), tubelet_size, height, width)))

@@ -34,6 +34,21 @@ def test_every_architecture_of_the_table_is_tested_here():
     assert ZOO.keys() | {"timm"} == ARCHITECTURES.keys()  # for timm see test_timm.py
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in ZOO if ARCHITECTURES[name].modality == "vision" and "swin" not in name]
+)
+def test_what_is_not_an_image_patch_is_a_special_token(name):
+    """Images have 4 by 4 patches, videos two layers of as many."""
+    model, lengths = adapt(make(name), num_visual_prompts=0), []
+    layer = next(iter(adapted_layers(model).values()))
+    layer.base_layer.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append((args or tuple(kwargs.values()))[0].shape[1]), with_kwargs=True
+    )
+    run(model, inputs(name))
+    num_patches = 32 if next(iter(inputs(name).values())).dim() == 5 else 16
+    assert lengths[0] == num_patches + layer.site.num_special_tokens + layer.site.num_tokens_behind
+
+
 # Windows have a test of their own, and a head that reads what is between the layers would meet the reference's tokens.
 @pytest.mark.parametrize(
     "name", [name for name in [*ZOO, *HEADS] if "swin" not in name and name != "beit segmentation"]

@@ -12,7 +12,10 @@ from e2vpt_peft.attention.quiet import quietly
 from ..support.adapted import adapt
 from ..support.models import images, prompt_parameters, tiny_vit
 
-REGISTER = ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+REGISTER = [
+    "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("register", REGISTER)
@@ -29,19 +32,36 @@ def test_hooks_of_the_users_modules_see_the_users_data_only(part, register):
     assert all(parameter.grad.abs().max() > 0 for parameter in prompt_parameters(model).values())
 
 
-def test_hooks_inside_of_a_projection_with_lora_see_the_users_data_only():
+@pytest.mark.parametrize("register", REGISTER)
+def test_hooks_inside_of_a_projection_with_lora_see_the_users_data_only(register):
     backbone, seen = tiny_vit(), []
-    backbone.vit.layers[1].attention.k_proj.register_forward_hook(
-        lambda module, args, output: seen.append(output.shape)
+    getattr(backbone.vit.layers[1].attention.k_proj, register)(
+        lambda module, first, *rest: seen.append((rest or [first])[-1])
     )
     get_peft_model(backbone, LoraConfig(target_modules=["k_proj"], init_lora_weights=False))
     model = adapt(backbone)
     plain = copy.deepcopy(model)
     for module in plain.modules():
         module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
     expected = plain(images()).logits
-    torch.testing.assert_close(model(images()).logits, expected)
-    assert seen == [(3, 17, 32)]
+    logits = model(images()).logits
+    logits.sum().backward()
+    torch.testing.assert_close(logits, expected)
+    shapes = [(value if isinstance(value, torch.Tensor) else value[0]).shape for value in seen]
+    assert shapes == [(3, 17, 32)]
+
+
+class Doubled(nn.Linear):
+    def __call__(self, states):
+        return 2 * super().__call__(states)
+
+
+def test_a_call_of_a_projections_own_counts():
+    projection, states = Doubled(4, 2), torch.randn(3, 4)
+    torch.testing.assert_close(quietly(projection, states), 2 * projection.forward(states))
 
 
 class Normed(nn.Module):

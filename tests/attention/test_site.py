@@ -41,9 +41,26 @@ def test_num_special_tokens_tells_where_the_shallow_prompts_of_an_unknown_model_
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 32}
 
 
+def without_a_config():
+    model = tiny_vit()
+    for layer in model.vit.layers:
+        del layer.attention.config
+    return model
+
+
+def with_keys_of_another_name():
+    model = tiny_vit()
+    for layer in model.vit.layers:
+        layer.attention.project_keys = layer.attention.k_proj
+        del layer.attention.k_proj
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "config", "words"),
     [
+        (without_a_config, {}, ["'vit.layers.0.attention' (ViTAttention)", "which has no config."]),
+        (with_keys_of_another_name, {}, ["'vit.layers.0.attention' (ViTAttention)", "no key and value projections"]),
         (tiny_vit, {"target_modules": ["mlp"]}, ["'vit.layers.0.mlp' (ViTMLP)", "no self-attention"]),
         (tiny_vit, {"target_modules": ["q_proj"]}, ["(Linear)", "no self-attention"]),
         (tiny_vit, {"attention_norm": "nonesuch"}, ["attention_norm='nonesuch'", "layernorm_before"]),

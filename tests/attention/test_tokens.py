@@ -17,7 +17,7 @@ from transformers import (
 from e2vpt_peft import E2VPTConfig, E2VPTLayer
 
 from ..support.adapted import adapt
-from ..support.bare import Bare
+from ..support.bare import Bare, BareBlock
 from ..support.models import SIZES, TINY_MODELS, images, prompt_parameters, randomized, tiny_vit
 
 SHALLOW = {"visual_prompt_depth": "shallow", "num_visual_prompts": 4}
@@ -130,6 +130,43 @@ def test_a_plain_model_without_a_config_takes_tokens(num_kv_prompts):
     assert not torch.allclose(model(x), bare(x))
 
 
+class TupleBlock(BareBlock):
+    """Returns something beside the hidden states, as layers used to."""
+
+    def forward(self, x):
+        return super().forward(x), "beside"
+
+
+class TupleBare(Bare):
+    def __init__(self, skips_last):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([TupleBlock(), TupleBlock()])
+        self.skips_last = skips_last
+
+    def forward(self, x):
+        for block in self.blocks[: 1 if self.skips_last else 2]:
+            x, beside = block(x)
+        return x, beside
+
+
+@pytest.mark.parametrize("skips_last", [False, True])
+@torch.no_grad()
+def test_layers_and_models_may_return_tuples(skips_last):
+    config = {"target_modules": ["attn"], "attention_norm": "ln_1", "num_kv_prompts": 0, "num_special_tokens": 1}
+    model = adapt(TupleBare(skips_last), **config, visual_prompt_depth="shallow")
+    plain = Bare()
+    plain.load_state_dict({
+        name.replace("base_model.model.", "").replace("base_layer.", ""): value
+        for name, value in model.state_dict().items() if "prompt" not in name
+    })  # fmt: skip
+    plain.blocks = plain.blocks[: 1 if skips_last else 2]
+    x, (tokens,) = torch.randn(2, 5, 8), prompt_parameters(model).values()
+    expected = plain(torch.cat([x[:, :1], tokens.expand(2, -1, -1), x[:, 1:]], 1))
+    states, beside = model(x)
+    torch.testing.assert_close(states, torch.cat([expected[:, :1], expected[:, 1 + len(tokens) :]], 1))
+    assert beside == "beside"
+
+
 def wav2vec2(kept=(0, 1, 2)):
     """In training mode, though nothing but layers is dropped."""
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 3}
@@ -201,6 +238,14 @@ def test_last_layers_may_be_cut_off_afterwards():
     assert {state.shape[1] for state in output.hidden_states} == {17}
 
 
+@torch.no_grad()
+def test_a_layer_that_was_cut_off_has_no_prompts():
+    (_, vit), plain = shallow_vit(), tiny_vit().eval()
+    cut, vit.layers = vit.layers[2], vit.layers[:2]
+    states = torch.randn(2, 17, SIZES["hidden_size"])
+    torch.testing.assert_close(cut(states), plain.vit.layers[2](states))
+
+
 def test_the_layer_that_has_the_prompts_may_not_be_cut_off():
     model, vit = shallow_vit()
     vit.layers = vit.layers[1:]
@@ -217,12 +262,14 @@ def test_layers_that_somebody_else_runs_are_refused():
         assert vit.layers[0](states).shape == states.shape
 
 
-def test_a_pass_that_ended_in_an_error_leaves_nothing_behind():
+def test_a_pass_that_ended_in_an_error_leaves_nothing_behind(recwarn):
     model, vit = shallow_vit()
     expected = model(pixel_values=images()).logits
     handle = vit.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    recwarn.clear()
     with pytest.raises(ZeroDivisionError):
         model(pixel_values=images())
+    assert not recwarn, "a hook of ours had no error of its own"
     handle.remove()
     assert torch.equal(model(pixel_values=images()).logits, expected)
     with pytest.raises(RuntimeError, match="was called by itself"):

@@ -204,6 +204,7 @@ TRAINABLE = {
     "LayerNorm tuning": (2 * LAYERS + 1) * 2 * HIDDEN,
     "(IA)³": LAYERS * (2 * HIDDEN + 64),
     "LoRA": LAYERS * 2 * 2 * HIDDEN * 8,
+    "LoRA and E²VPT": LAYERS * 2 * 2 * HIDDEN * 8 + PROMPTS["visual"] + PROMPTS["kv"],
     "VPT-Shallow": 10 * HIDDEN,
     "VPT-Deep": PROMPTS["visual"],
     "E²VPT": PROMPTS["visual"] + PROMPTS["kv"],

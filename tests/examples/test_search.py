@@ -231,30 +231,26 @@ def test_stopped_trainings_are_no_results(plan: Any, task: Any, tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", engines.ENGINES)
-def test_two_workers_find_what_one_process_finds(name: str, plan: Any, task: Any, tmp_path: Path) -> None:
+def test_two_workers_stop_poor_trainings_early(name: str, plan: Any, task: Any, tmp_path: Path) -> None:
     pytest.importorskip(name)
-    cell = (task, [methods.e2vpt()])  # a method that prunes is in the next test
-    alone = compare.run_cell(*cell, plan, tmp_path / "alone.jsonl", 1, 60.0)
+    alone = records.Store(tmp_path / "alone.jsonl")
+    protocol.Bench(task, plan, alone).search(methods.e2vpt())
     early = protocol.Plan(**{**vars(plan), "grace_epochs": 1})
+    store = records.Store(tmp_path / "early.jsonl")
+    unfinished = checkpoints.Checkpoints(tmp_path / "unfinished", 60.0)
     with engines.start(name, engines.Workers(2, 1, None, 0.0)) as engine:
-        together = compare.run_cell(*cell, plan, tmp_path / "together.jsonl", 1, 60.0, engine)
-        store = records.Store(tmp_path / "early.jsonl")
-        unfinished = checkpoints.Checkpoints(tmp_path / "unfinished", 60.0)
         best = protocol.Bench(task, early, store, unfinished, engine=engine).search(methods.e2vpt()).learning_rate
         bad = methods.e2vpt("bad", num_visual_prompts=-1)
         with pytest.raises(Exception, match="num_visual_prompts=-1 must be 0 or more"):
             protocol.Bench(task, plan, store, unfinished, engine=engine).search(bad)
-    assert [r["settings"] for r in together] == [r["settings"] for r in alone]
-    assert lines(tmp_path / "together.jsonl") == lines(tmp_path / "alone.jsonl")
 
     everything = lines(store.path)
     stopped = [r for r in everything.values() if r["settings"]["part"] == "stopped"]
     finished = {n: r for n, r in everything.items() if r["settings"]["part"] == "validation"}
     assert len(stopped) + len(finished) == 5 and {r["epochs_done"] for r in stopped} <= {1, 3}
     assert stopped, "two workers cannot have been the best of all five at every rung"
-    assert finished.items() <= lines(tmp_path / "alone.jsonl").items(), "one that was not stopped is as ever"
+    assert finished.items() <= lines(alone.path).items(), "one that was not stopped is as ever"
     assert best in {r["settings"]["learning_rate"] for r in finished.values()}
-    report.main([str(tmp_path / "together.jsonl")])
 
 
 def wait_for(what: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 300) -> Any:
@@ -277,11 +273,11 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "method"), [("ray", "E²VPT, pruned"), ("optuna", "E²VPT")])
-def test_kills_change_no_result(
+@pytest.mark.parametrize(("name", "method"), [("ray", "E²VPT"), ("optuna", "E²VPT, pruned")])
+def test_two_workers_that_are_killed_find_what_one_process_finds(
     name: str, method: str, plan: Any, task: Any, tiny_backbone: str, data_dir: str, tmp_path: Path
 ) -> None:
-    pytest.importorskip(name)  # Optuna's workers are new processes for every training, so it has fewer
+    pytest.importorskip(name)  # Ray starts new processes for every search, so it has fewer
     plan = protocol.Plan(**{**vars(plan), "epochs": 30})
     out = tmp_path / "killed.jsonl"
     command = [
@@ -312,6 +308,7 @@ def test_kills_change_no_result(
     compare.run_cell(task, [method_alone], plan, tmp_path / "alone.jsonl", 1, 60.0)
     assert lines(out) == lines(tmp_path / "alone.jsonl") and before.items() <= lines(out).items()
     assert half_done() == []
+    report.main([str(out)])
 
 
 # Errors

@@ -99,6 +99,14 @@ def test_a_loaded_pruned_adapter_trains_and_can_be_pruned_again(depth, tmp_path)
     assert torch.equal(model(pixel_values=images()).logits, loaded(pixel_values=images()).logits)
 
 
+@pytest.mark.parametrize("nothing", [{"token_count": 0, "segment_count": 0}, {"token_rate": 0, "segment_rate": 0}])
+def test_nothing_is_pruned_if_nothing_is_asked_for(nothing):
+    model = adapted()
+    summary = prune_prompts(model, scores(), **nothing)
+    assert summary.parameters_after == summary.parameters_before
+    assert model.peft_config["default"].token_mask is None and model.peft_config["default"].segment_mask is None
+
+
 def test_pruning_one_adapter_never_touches_another():
     model = adapted()
     model.add_adapter("other", E2VPTConfig(num_visual_prompts=6, num_segments=SEGMENTS))

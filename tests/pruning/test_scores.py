@@ -12,7 +12,7 @@ from e2vpt_peft import E2VPTConfig, score_prompts
 from e2vpt_peft.running_pass import RunningPass, passes_of
 
 from ..support.models import images, tiny_vit
-from .common import LABELS, all_methods, data, prompted
+from .common import LABELS, adapted, all_methods, data, prompted
 
 
 @all_methods
@@ -87,3 +87,15 @@ def test_bad_input_is_refused_in_words():
     bad = [*data(), {"pixel_values": images(4) * float("nan"), "labels": LABELS}]
     with pytest.raises(FloatingPointError, match=f"batch {len(bad) - 1}.*NaN or infinite values in pixel_values"):
         score_prompts(model, bad, progress_bar=False)
+
+
+@pytest.mark.parametrize(
+    ("batches", "max_batches", "total"),
+    [(data(3), None, 3), (data(3), 2, 2), (iter(data(3)), 2, 2), (iter(data(3)), None, None)],
+)
+def test_the_bar_says_how_many_batches_there_are(batches, max_batches, total, monkeypatch):
+    bars = []
+    bar = "e2vpt_peft.pruning.scores.tqdm"
+    monkeypatch.setattr(bar, lambda batches, description, total, disable: bars.append(total) or batches)
+    score_prompts(adapted(), batches, max_batches=max_batches)
+    assert bars == [total]

@@ -103,6 +103,15 @@ def add_prompts_and_train_norms(model: PreTrainedModel, task: Task, **options: A
     return add_prompts(model, task, modules_to_save=[HEAD, *norms_of(model)], **options)
 
 
+def add_lora_and_prompts(model: PreTrainedModel, task: Task) -> nn.Module:
+    """Prompts on top of LoRA, both trained."""
+    model = add_prompts(get_peft_model(model, LoraConfig(**LORA), adapter_name="lora"), task)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(True)
+    return model
+
+
 def e2vpt(
     name: str = "E²VPT",
     pruning: Pruning | None = None,
@@ -116,6 +125,7 @@ def e2vpt(
     return Method(name, learning_rate, adapt, pruning, same_search, kv_lr_ratio=kv_lr_ratio)
 
 
+LORA: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "r": 8, "lora_alpha": 16}
 MORE_PROMPTS: dict[str, Any] = {"num_visual_prompts": 50, "num_kv_prompts": 20, "share_kv_prompts": False}
 """About five times as many parameters as (10, 5) have."""
 
@@ -131,11 +141,8 @@ METHODS = (
             add_adapter, config=IA3Config, target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"]
         ),
     ),
-    Method(
-        "LoRA",
-        3e-3,
-        partial(add_adapter, config=LoraConfig, target_modules=["q_proj", "v_proj"], r=8, lora_alpha=16),
-    ),
+    Method("LoRA", 3e-3, partial(add_adapter, config=LoraConfig, **LORA)),
+    Method("LoRA and E²VPT", 3e-3, add_lora_and_prompts),
     e2vpt("VPT-Shallow", visual_prompt_depth="shallow", num_kv_prompts=0),
     e2vpt("VPT-Deep", num_kv_prompts=0),
     e2vpt("E²VPT"),
