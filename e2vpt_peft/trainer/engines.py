@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from accelerate.utils import compare_versions
+from transformers.trainer_utils import SaveStrategy
+
 from ..adapter import PromptedAdapter
 from ..pruning.snapshot import copy_trained
 
@@ -43,6 +46,13 @@ class Engines:
                 raise ValueError(
                     "E2VPTTrainer needs FSDP with fsdp_version: 2, fsdp_state_dict_type: FULL_STATE_DICT and "
                     "fsdp_cpu_ram_efficient_loading: false, as in examples/accelerate/fsdp2.yaml."
+                )
+            # Older ones read an adapter on the first process only, without a word, or end in an error.
+            if self.trainer.args.save_strategy != SaveStrategy.NO and compare_versions("accelerate", "<", "1.15"):
+                raise ValueError(
+                    "accelerate before 1.15 cannot load the adapter of a checkpoint with FSDP, LoRA's neither: update "
+                    "accelerate, or set TrainingArguments(save_strategy='no'). An interrupted search then starts the "
+                    "training anew that it was in."
                 )
         if DEEPSPEED in self.found and "scheduler" in state.deepspeed_plugin.deepspeed_config:
             raise ValueError(

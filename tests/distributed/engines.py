@@ -1,4 +1,8 @@
-"""All that is done on several processes, in one launch, as that takes long: `-m tests.distributed.engines FOLDER`."""
+"""All that is done on several processes, in one launch, as that takes long.
+
+`-m tests.distributed.engines FOLDER CHECKPOINTS`, where CHECKPOINTS is the save_strategy of the search. With "no", for
+an accelerate that cannot load checkpoints, the search starts the training anew in which it was interrupted.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +42,7 @@ def interrupt() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    folder, processes = Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])
+    folder, checkpoints, processes = Path(sys.argv[1]), sys.argv[2], int(os.environ["WORLD_SIZE"])
     sharded = allow_shards_on_cpu()
 
     trainer: Any = train(str(folder / "whole"), processes, use_cpu=not sharded)
@@ -51,13 +55,15 @@ if __name__ == "__main__":
         (folder / "scored_in_shards").write_text(outcome)
         shutil.copytree(folder / "whole" / "checkpoint-3", folder / "resumed" / "checkpoint-3")
     PartialState().wait_for_everyone()
-    train(str(folder / "resumed"), processes, resume=True, use_cpu=not sharded)
+    if checkpoints != "no":
+        train(str(folder / "resumed"), processes, resume=True, use_cpu=not sharded)
     train(str(folder / "accumulated"), processes, gradient_accumulation_steps=2, use_cpu=not sharded)
 
     # Both processes are interrupted in the second epoch of the first candidate, and go on with other initial values.
     for seed, last in ((0, 18), (7, float("inf"))):
         events = Engines(last, interrupt)
-        trainer = search(str(folder / "search"), seed, processes, events, use_cpu=not sharded)
+        options = {"use_cpu": not sharded, "save_strategy": checkpoints}
+        trainer = search(str(folder / "search"), seed, processes, events, **options)
         try:
             trainer.train(resume_from_checkpoint=True)
         except Interruption:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from ..support.models import images, tiny_vit
 from ..trainer.distributed import search
 from ..trainer.interrupted import Events
+from .lora import fault_of_resuming
 from .on_cpu import CONFIGS, DEEPSPEED, NEEDS_DEEPSPEED, launch
 from .train import train
 
@@ -51,10 +52,11 @@ def one_process(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(("config", "engine"), ENGINES)
 def test_two_processes_do_what_one_process_does(config, engine, one_process, tmp_path):
-    process = launch(config, "tests.distributed.engines", str(tmp_path))
+    cannot_resume = fault_of_resuming(config)
+    process = launch(config, "tests.distributed.engines", str(tmp_path), "no" if cannot_resume else "epoch")
     assert process.returncode == 0, process.stderr
 
-    for run in ("whole", "resumed", "accumulated"):
+    for run in ("whole", "accumulated", *([] if cannot_resume else ["resumed"])):
         assert (tmp_path / run / "engine").read_text() == engine
         expected = one_process / ("accumulated" if run == "accumulated" else "whole")
         torch.testing.assert_close(losses(tmp_path / run), losses(expected), rtol=0, atol=1e-5)
@@ -87,6 +89,8 @@ def test_two_processes_do_what_one_process_does(config, engine, one_process, tmp
     best = next(row for row in results["candidates"] if row["name"] == results["best"])
     assert float((pruned / "loss").read_text()) == pytest.approx(best["metric"], abs=1e-5)
 
+    if cannot_resume:
+        pytest.skip(f"all but going on from a checkpoint is right: {cannot_resume}")
     # Two processes went as far as step 3, one goes on from there. DeepSpeed does that with the same number only.
     alone = tmp_path / "alone"
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", alone / "checkpoint-3")

@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import Trainer
 
 from ..trainer.toy import TRAIN, VALIDATION, accuracy, adapted, arguments
@@ -23,7 +25,17 @@ from .on_cpu import allow_shards_on_cpu, engine
 BATCH_SIZE = 8
 
 
-def train(folder: str, processes: int, resume: bool = False, **options: Any) -> Trainer:
+def with_prompts(seed: int) -> PeftModel:
+    return adapted(seed=seed, prompt_dropout=0.0)  # dropout would differ
+
+
+def train(
+    folder: str,
+    processes: int,
+    resume: bool = False,
+    adapt: Callable[[int], PeftModel] = with_prompts,
+    **options: Any,
+) -> Trainer:
     keywords: dict[str, Any] = {
         "per_device_train_batch_size": BATCH_SIZE // processes,
         "num_train_epochs": 2,
@@ -34,7 +46,7 @@ def train(folder: str, processes: int, resume: bool = False, **options: Any) -> 
         **options,
     }
     trainer = Trainer(
-        model=adapted(seed=7 * int(resume), prompt_dropout=0.0),  # dropout would differ
+        model=adapt(7 * int(resume)),
         args=arguments(folder, **keywords),
         train_dataset=TRAIN,
         eval_dataset=VALIDATION,

@@ -18,18 +18,18 @@ from .interrupted import Events
 from .toy import adapted, make_trainer, pruning, taken
 
 
-def search(folder: str, seed: int, processes: int, events: Events, use_cpu: bool = True) -> Any:
+def search(folder: str, seed: int, processes: int, events: Events, **options: Any) -> Any:
     """A trainer whose batches are the same, over all processes, for any number of them."""
+    keywords: dict[str, Any] = {"save_strategy": "epoch", "use_cpu": True, **options}
     return make_trainer(
         folder,
         model=adapted(seed=seed, prompt_dropout=0.0),  # dropout would differ
         config=pruning(token_rates=[0.5], segment_rates=[0.0, 0.5], tolerance=1.0),  # a pruned one wins
         callbacks=[events],
-        save_strategy="epoch",
-        ddp_backend="gloo" if processes > 1 and use_cpu else None,
-        use_cpu=use_cpu,
+        ddp_backend="gloo" if processes > 1 and keywords["use_cpu"] else None,
         per_device_train_batch_size=8 // processes,
         per_device_eval_batch_size=8 // processes,
+        **keywords,
     )
 
 

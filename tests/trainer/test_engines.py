@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +40,7 @@ def trainer_with(engine: str | None, **plugins: Any) -> Any:
         optimizer=None,
         lr_scheduler=None,
         accelerator=Accelerator(**plugins),
-        args=SimpleNamespace(device="meta"),
+        args=SimpleNamespace(device="meta", save_strategy="no"),
     )
 
 
@@ -121,6 +123,20 @@ def test_settings_that_cannot_work_are_refused(engine: str, plugin: dict[str, An
     with pytest.raises(ValueError) as raised:
         Engines(trainer_with(engine, **plugin)).check_settings()
     assert all(word in str(raised.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("version", "strategy", "refused"),
+    [("1.14.9", "epoch", True), ("1.14.9", "no", False), ("1.15.0", "epoch", False)],
+)
+def test_checkpoints_that_accelerate_cannot_load_are_refused(
+    version: str, strategy: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
+    trainer = trainer_with("fsdp", fsdp_plugin=SimpleNamespace(**GOOD))
+    trainer.args.save_strategy = strategy
+    with pytest.raises(ValueError, match="before 1.15.*save_strategy='no'") if refused else nullcontext():
+        Engines(trainer).check_settings()
 
 
 def test_settings_that_work_are_not() -> None:
