@@ -11,7 +11,7 @@ quickstart: $(VENV)/.examples ## adapt a real vision transformer to real digits 
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.dev ## the whole test suite, slow tests included
-	$(PYTEST)
+	$(PYTEST) --durations=20
 
 test-fast: $(VENV)/.dev ## the tests that take seconds
 	$(PYTEST) -m "not slow"

@@ -88,6 +88,17 @@ def test_each_row_is_normed_as_the_running_pass_norms() -> None:
         torch.testing.assert_close(with_kept, without)
 
 
+@torch.no_grad()
+def test_after_a_change_of_a_norm_prefixes_are_computed_once_more(computed: list[list[str]]) -> None:
+    model = one()
+    model(pixel_values=images())
+    for layer in model.get_base_model().vit.layers:
+        layer.layernorm_before.weight.mul_(1.5)
+    for _ in range(3):
+        model(pixel_values=images())
+    assert len(computed) == 2 * LAYERS
+
+
 def test_training_and_gradients_keep_nothing(computed: list[list[str]]) -> None:
     model = one()
     for _ in range(2):

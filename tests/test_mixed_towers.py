@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from e2vpt_peft import E2VPTConfig
+from e2vpt_peft.mixed_batch import make_route
 
 from .support.bare import Bare, BareBlock
 from .support.models import images, randomized
@@ -323,3 +325,9 @@ def test_windows_go_with_their_image() -> None:
     for number in (1, 2, 10):
         with pytest.raises(ValueError, match=f"has {number} names, but a batch of 4 arrives"):
             run(model, ["a"] * number, pixel_values=pool[:4])
+
+
+def test_a_call_without_texts_leaves_no_doubt() -> None:
+    """For example with the embeddings of texts and images."""
+    model: Any = SimpleNamespace(config=SimpleNamespace(image_token_id=IMAGE_TOKEN))
+    assert make_route(["a", "b"], ["a", "b"], model, {"inputs_embeds": torch.zeros(2, 5, 8)}).doubt == ""

@@ -29,6 +29,15 @@ def test_an_untouched_tensor_is_still_what_it_was(shape: tuple[int, ...], dtype:
         assert seen.is_still()
 
 
+def test_a_single_number_is_seen_by_its_version() -> None:
+    scale = nn.Parameter(torch.tensor(2.0))
+    seen = seen_tensor(scale)
+    assert seen.is_still()
+    with torch.no_grad():
+        scale.mul_(2)
+    assert not seen.is_still()
+
+
 def add(tensor: torch.Tensor) -> None:
     with torch.no_grad():
         tensor[..., -1:] += 1
