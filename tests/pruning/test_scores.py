@@ -106,3 +106,13 @@ def test_the_bar_says_how_many_batches_there_are(batches, max_batches, shown, ca
 def test_the_bar_can_be_left_out(capsys):
     score_prompts(adapted(), data(2), progress_bar=False)
     assert capsys.readouterr().err == ""
+
+
+def test_a_score_of_zero_is_a_score():
+    model = adapted()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "visual_prompts" in name:
+                parameter[-1] = 0
+    found = score_prompts(model, data(1), "first_order", progress_bar=False)
+    assert found.segments[-1].tolist() == [0] * found.segments.shape[1]
