@@ -108,11 +108,11 @@ def test_the_bar_can_be_left_out(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_score_of_zero_is_a_score():
+def test_scores_of_zero_are_scores():
     model = adapted()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "visual_prompts" in name:
-                parameter[-1] = 0
+                parameter.zero_()
     found = score_prompts(model, data(1), "first_order", progress_bar=False)
-    assert found.segments[-1].tolist() == [0] * found.segments.shape[1]
+    assert found.segments.count_nonzero() == 0
