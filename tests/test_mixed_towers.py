@@ -219,9 +219,8 @@ def test_windows_that_are_cut_where_no_block_counts_are_refused() -> None:
 @pytest.mark.parametrize("name", ["vit", "dpt"])  # which hands keywords down, and which drops them
 def test_names_that_do_not_reach_the_tuner_are_refused(name: str) -> None:
     backbone = ZOO[name].make()
-    backbone.add_adapter(
-        E2VPTConfig(num_segments=4, layers_to_transform=[1])
-    )  # transformers' own way, which knows no adapter_names
+    config = E2VPTConfig(num_segments=4, layers_to_transform=[1])
+    backbone.add_adapter(config)  # transformers' own way, which knows no adapter_names
     with pytest.raises(TypeError, match=f"passed to {type(backbone).__name__}, which takes no notice"):
         backbone(**ZOO[name].inputs(2), adapter_names=["default"] * 2)
     model = adapted(ZOO[name].make(), CONFIGS["deep"], heads=[])

@@ -50,9 +50,9 @@ class Engines:
             # Older ones read an adapter on the first process only, without a word, or end in an error.
             if self.trainer.args.save_strategy != SaveStrategy.NO and compare_versions("accelerate", "<", "1.15"):
                 raise ValueError(
-                    "accelerate before 1.15 cannot load the adapter of a checkpoint with FSDP, LoRA's neither: update "
-                    "accelerate, or set TrainingArguments(save_strategy='no'). An interrupted search then starts the "
-                    "training anew that it was in."
+                    "accelerate before 1.15 cannot load adapters (LoRA's included) from checkpoints of FSDP: update "
+                    "it, or set TrainingArguments(save_strategy='no'). An interrupted search repeats the training "
+                    "that was running."
                 )
         if DEEPSPEED in self.found and "scheduler" in state.deepspeed_plugin.deepspeed_config:
             raise ValueError(

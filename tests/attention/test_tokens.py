@@ -22,6 +22,9 @@ from ..support.bare import Bare, BareBlock
 from ..support.models import SIZES, TINY_MODELS, images, prompt_parameters, randomized, tiny_vit
 
 SHALLOW = {"visual_prompt_depth": "shallow", "num_visual_prompts": 4}
+ON_BARE = {
+    "target_modules": ["attn"], "attention_norm": "ln_1", "num_special_tokens": 1, "visual_prompt_depth": "shallow",
+}  # fmt: skip
 
 
 def test_visual_prompts_exist_once_and_key_value_prompts_in_every_layer():
@@ -117,12 +120,12 @@ def test_targets_in_several_stacks_are_refused():
 @torch.no_grad()
 def test_a_plain_model_without_a_config_takes_tokens(num_kv_prompts):
     """Its attention calls PyTorch's function, and no config says which implementation it is set to."""
-    config = {"target_modules": ["attn"], "attention_norm": "ln_1", "num_kv_prompts": num_kv_prompts}
     bare = Bare()
-    model = adapt(copy.deepcopy(bare), **config, visual_prompt_depth="shallow", num_special_tokens=1)
+    model = adapt(copy.deepcopy(bare), **ON_BARE, num_kv_prompts=num_kv_prompts)
     prompts = prompt_parameters(model)
     (tokens,) = [prompts[name] for name in prompts if "visual" in name]
-    reference = adapt(copy.deepcopy(bare), **config, num_visual_prompts=0) if num_kv_prompts else bare
+    without_visual = {**ON_BARE, "num_kv_prompts": num_kv_prompts, "num_visual_prompts": 0}
+    reference = adapt(copy.deepcopy(bare), **without_visual) if num_kv_prompts else bare
     for name, parameter in prompt_parameters(reference).items():
         parameter.copy_(prompts[name])
     x = torch.randn(2, 5, 8)
@@ -138,9 +141,8 @@ class PooledBare(Bare):
 
 @torch.no_grad()
 def test_what_comes_behind_the_last_layer_in_the_same_module_sees_no_prompts():
-    config = {"target_modules": ["attn"], "attention_norm": "ln_1", "num_kv_prompts": 0, "num_special_tokens": 1}
-    whole = adapt(Bare(), **config, visual_prompt_depth="shallow")
-    pooled = adapt(PooledBare(), **config, visual_prompt_depth="shallow")
+    whole = adapt(Bare(), **ON_BARE, num_kv_prompts=0)
+    pooled = adapt(PooledBare(), **ON_BARE, num_kv_prompts=0)
     pooled.load_state_dict(whole.state_dict())
     x = torch.randn(2, 5, 8)
     torch.testing.assert_close(pooled(x), whole(x).mean(1))
@@ -172,13 +174,9 @@ class TupleBare(Bare):
 @pytest.mark.parametrize("skips_last", [False, True])
 @torch.no_grad()
 def test_layers_and_models_may_return_tuples(skips_last):
-    config = {"target_modules": ["attn"], "attention_norm": "ln_1", "num_kv_prompts": 0, "num_special_tokens": 1}
-    model = adapt(TupleBare(skips_last), **config, visual_prompt_depth="shallow")
-    plain = Bare()
-    plain.load_state_dict({
-        name.replace("base_model.model.", "").replace("base_layer.", ""): value
-        for name, value in model.state_dict().items() if "prompt" not in name
-    })  # fmt: skip
+    plain, backbone = Bare(), TupleBare(skips_last)
+    backbone.load_state_dict(plain.state_dict())
+    model = adapt(backbone, **ON_BARE, num_kv_prompts=0)
     plain.blocks = plain.blocks[: 1 if skips_last else 2]
     x, (tokens,) = torch.randn(2, 5, 8), prompt_parameters(model).values()
     expected = plain(torch.cat([x[:, :1], tokens.expand(2, -1, -1), x[:, 1:]], 1))
@@ -207,8 +205,7 @@ class MaskedBare(Bare):
 
 @torch.no_grad()
 def test_what_comes_behind_the_mask_by_position_is_handed_on():
-    config = {"target_modules": ["attn"], "attention_norm": "ln_1", "num_kv_prompts": 0, "num_special_tokens": 1}
-    model = adapt(MaskedBare(), **config, visual_prompt_depth="shallow", num_visual_prompts=3)
+    model = adapt(MaskedBare(), **ON_BARE, num_kv_prompts=0)
     assert model(torch.randn(2, 5, 8)).shape == (2, 5, 8)
     assert {tuple(block.mask.shape) for block in model.base_model.model.blocks} == {(2, 1, 8, 8)}
 

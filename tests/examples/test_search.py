@@ -303,9 +303,10 @@ def test_two_workers_that_are_killed_find_what_one_process_finds(
     assert not alive, "the workers end with the command"
     before = lines(out)
 
-    compare.main(command[3:])
+    resumed = compare.main(command[3:])
     (method_alone,) = methods.choose(methods.METHODS, [method])
-    compare.run_cell(task, [method_alone], plan, tmp_path / "alone.jsonl", 1, 60.0)
+    alone = compare.run_cell(task, [method_alone], plan, tmp_path / "alone.jsonl", 1, 60.0)
+    assert [r["settings"] for r in resumed] == [r["settings"] for r in alone]
     assert lines(out) == lines(tmp_path / "alone.jsonl") and before.items() <= lines(out).items()
     assert half_done() == []
     report.main([str(out)])

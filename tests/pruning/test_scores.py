@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from e2vpt_peft import E2VPTConfig, score_prompts
 from e2vpt_peft.running_pass import RunningPass, passes_of
 
-from ..support.models import images, tiny_vit
+from ..support.models import images, prompt_parameters, tiny_vit
 from .common import LABELS, adapted, all_methods, data, prompted
 
 
@@ -111,8 +111,7 @@ def test_the_bar_can_be_left_out(capsys):
 def test_scores_of_zero_are_scores():
     model = adapted()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "visual_prompts" in name:
-                parameter.zero_()
+        for prompts in prompt_parameters(model).values():
+            prompts.zero_()
     found = score_prompts(model, data(1), "first_order", progress_bar=False)
     assert found.segments.count_nonzero() == 0
