@@ -21,6 +21,7 @@ from .checkpoints import Checkpoints, Clock, History, Progress
 from .images import Images, Splits, load
 from .methods import Method, Pruning
 from .records import PLAN, Record, Store
+from .shares import IMAGES, shares_of_prefix
 from .steps import autocast
 from .tasks import PAPER, Task
 from .training import (
@@ -303,6 +304,8 @@ class Trainings:
         )
         model = self.build(method, how.seed)
         total = sum(p.numel() for p in model.parameters())
+        looked_at = preprocessing.for_evaluation(judged_on.pixels[:IMAGES])
+        at_start = shares_of_prefix(model, looked_at)
         if method.cached:
             model = Probe(model.get_submodule(HEAD))
         machine = {
@@ -338,6 +341,7 @@ class Trainings:
         return {
             "accuracy": accuracy(model, judged_on, preprocessing, how.precision),
             **fit,
+            **({} if at_start is None else {"shares": {"start": at_start, "end": shares_of_prefix(model, looked_at)}}),
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "head": sum(p.numel() for p in head_of(model)),
             "total": total,

@@ -1,0 +1,35 @@
+"""The share of attention that goes to prompts, layer by layer."""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from e2vpt_peft import E2VPTConfig
+
+IMAGES = 64
+
+
+@torch.no_grad()
+def shares_of_prefix(model: nn.Module, pixels: torch.Tensor) -> list[float] | None:
+    """The mean over images, heads and tokens of what each layer's attention pays to its prefix.
+
+    Args:
+        model (`nn.Module`): A model with or without prompts.
+        pixels (`torch.Tensor`): Images as the model reads them; the first 64 are looked at.
+
+    Returns:
+        `list[float]`: A number for each layer, or `None` if the model has no prefix.
+    """
+    if not isinstance(model, PeftModel):
+        return None
+    config = model.active_peft_config
+    if not isinstance(config, E2VPTConfig) or config.visual_prompt_depth == "shallow":
+        return None
+    backbone = model.get_base_model()
+    implementation = backbone.config._attn_implementation
+    backbone.set_attn_implementation("eager")  # the only one that returns its weights
+    weights = model.eval()(pixel_values=pixels[:IMAGES], output_attentions=True).attentions
+    backbone.set_attn_implementation(implementation)
+    return [float(layer[..., : layer.shape[-1] - layer.shape[-2]].sum(-1).mean()) for layer in weights]
