@@ -31,12 +31,12 @@ from examples.data_and_backbone import BACKBONE
 
 from .accuracy.ablations import ABLATIONS
 from .accuracy.checkpoints import Checkpoints
-from .accuracy.engines import ENGINES, Workers, be_quiet, start
+from .accuracy.engines import ENGINES, Workers, set_up, start
 from .accuracy.methods import Method, choose
 from .accuracy.protocol import RECIPES, Bench, Engine, Plan, split_work
 from .accuracy.records import Record, Store, key
+from .accuracy.steps import PRECISIONS
 from .accuracy.tasks import SUITES, Task, select, suite
-from .accuracy.training import PRECISIONS
 
 
 @dataclass
@@ -180,7 +180,7 @@ def run_cell(
     engine: Engine | None = None,
 ) -> list[Record]:
     """All trainings of a cell, in this or in a process of its own. Returns the final records."""
-    be_quiet(threads)
+    set_up(threads, plan.precision)
     what = key({"task": task.name, "method": methods[0].searched_as, **plan.settings})
     folder = out.with_name(f"{out.name}.unfinished-{task.name}-{hashlib.sha256(what.encode()).hexdigest()[:8]}")
     checkpoints = Checkpoints(folder, checkpoint_seconds)

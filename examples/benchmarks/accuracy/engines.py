@@ -27,15 +27,17 @@ from transformers.utils import logging
 from .checkpoints import Checkpoints
 from .protocol import REDUCTION, Engine, Job, Plan, Trainings
 from .records import Record
+from .steps import set_precision
 from .tasks import Task
 
 KILLS = 3
 """So many times a training goes on after its process was killed."""
 
 
-def be_quiet(threads: int) -> None:
+def set_up(threads: int, precision: str) -> None:
     """What every process that trains does first."""
     torch.set_num_threads(threads)
+    set_precision(precision)
     logging.set_verbosity_error()  # a new head is no news
     logging.disable_progress_bar()
 
@@ -53,7 +55,7 @@ def work(job: Job, threads: int, report: Callable[[Record], None]) -> Record:
         for number, (epoch, found) in enumerate(history, start=1):
             report({"accuracy": found, "epochs_done": epoch, "history": history[:number]})
         return job.known
-    be_quiet(threads)
+    set_up(threads, job.plan.precision)
     trainings = trainings_of(job.task, job.plan, job.checkpoints, job.checkpoint_seconds, job.shared)
     trial = job.trial
     how = trainings.optimisation(trial)

@@ -21,6 +21,7 @@ from .checkpoints import Checkpoints, Clock, History, Progress
 from .images import Images, Splits, load
 from .methods import Method, Pruning
 from .records import PLAN, Record, Store
+from .steps import autocast
 from .tasks import PAPER, Task
 from .training import (
     Identity,
@@ -28,7 +29,6 @@ from .training import (
     Preprocessing,
     Probe,
     accuracy,
-    autocast,
     batches,
     features,
     train,
@@ -113,7 +113,7 @@ class Plan:
     Attributes:
         model, data_dir, recipe, epochs, batch_size, seeds, device, grace_epochs, image_size, attention:
             Options of `compare.py`.
-        precision (`str`): See [`training.autocast`].
+        precision (`str`): One of [`steps.PRECISIONS`].
         factors (`tuple[float]`): In place of the recipe's.
         search_epochs (`tuple[int]`): In place of those that the recipe's lengths come to.
     """

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
@@ -17,6 +15,7 @@ from examples.data_and_backbone import HEAD
 
 from .checkpoints import Progress
 from .images import Images
+from .steps import autocast, make_step, on_its_stream
 
 EVALUATION_BATCH = 256
 
@@ -30,7 +29,7 @@ class Optimisation:
         learning_rate, weight_decay (`float`): Of all trainable parameters; biases do not decay.
         epochs, batch_size (`int`): How long, and how many images a step. A tenth of the steps is warm-up, then cosine.
         seed (`int`): Of the order of images, dropout and cropping.
-        precision (`str`): See [`autocast`].
+        precision (`str`): One of [`steps.PRECISIONS`].
         kv_lr_ratio (`float`, *optional*):
             How many times the learning rate key-value prompts have. Prompts do not decay then, see
             [`~e2vpt_peft.create_optimizer`].
@@ -75,14 +74,6 @@ class Preprocessing:
         return self.normalise(pixels[..., start : start + self.size, start : start + self.size])
 
 
-PRECISIONS = ("float32", "bfloat16")
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
-    """Run a model in one of [`PRECISIONS`]; its weights are float32 either way."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
-
-
 def train(
     model: nn.Module,
     images: Images,
@@ -105,24 +96,23 @@ def train(
     optimizer = make_optimizer(model, how, device)
     steps = how.epochs * -(-len(images) // how.batch_size)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
-    for epoch in range(progress.resume(model, optimizer, schedule), how.epochs):
-        model.train()
-        for chosen in torch.randperm(len(images)).to(device).split(how.batch_size):
-            pixels = preprocessing.for_training(images.pixels[chosen])
-            with autocast(device, how.precision):
-                logits = model(pixel_values=pixels).logits
-            F.cross_entropy(logits.float(), images.labels[chosen]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-        progress.after(epoch + 1, epoch + 1 == how.epochs, model, optimizer, schedule)
+    begun = progress.resume(model, optimizer, schedule)
+    with on_its_stream(device):
+        step = make_step(model, optimizer, how.precision, how.batch_size)
+        for epoch in range(begun, how.epochs):
+            model.train()
+            for chosen in torch.randperm(len(images)).to(device).split(how.batch_size):
+                step(preprocessing.for_training(images.pixels[chosen]), images.labels[chosen])
+                schedule.step()
+            progress.after(epoch + 1, epoch + 1 == how.epochs, model, optimizer, schedule)
 
 
 def make_optimizer(model: nn.Module, how: Optimisation, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer of all that is trainable."""
     sgd = how.optimizer == "sgd"
     optimizer_cls: Any = torch.optim.SGD if sgd else torch.optim.AdamW
-    options = {"lr": how.learning_rate, "fused": device.type == "cuda", **({"momentum": 0.9} if sgd else {})}
+    on_gpu = device.type == "cuda"
+    options = {"lr": how.learning_rate, "fused": on_gpu, **({"momentum": 0.9} if sgd else {"capturable": on_gpu})}
     if how.kv_lr_ratio is not None:
         return create_optimizer(
             model, optimizer_cls, kv_prompt_lr_ratio=how.kv_lr_ratio, weight_decay=how.weight_decay, **options
