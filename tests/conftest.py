@@ -25,6 +25,13 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def convolving_in_float32(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests on a GPU compare with a CPU, and cuDNN otherwise rounds what it convolves to the 10 bits of TF32."""
+    if request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def transformers_with_another_peft() -> Iterator[None]:
     with skipping_where_transformers_refuses_this_peft():

@@ -121,6 +121,9 @@ class E2VPTTrainer(ModelCardTrainer):
         self._progress = PhaseProgress()
         self.add_callback(self._progress)
         self._run: _Run | None = None
+        scaler = self.accelerator.scaler
+        self._first_scale = None if scaler is None else scaler.state_dict()
+        """Of the gradients, with which every phase in float16 begins, after an interruption as without one."""
 
     def train(
         self,
@@ -275,9 +278,12 @@ class E2VPTTrainer(ModelCardTrainer):
         self.log(log_entry(phase, candidate, run.metric.name))
 
     def _forget(self, run: _Run) -> None:
-        """Make the Trainer forget the last phase: its optimizer, its wrappers, what callbacks counted, randomness."""
+        """Make the Trainer forget the last phase: its optimizer, its wrappers, what callbacks counted, the scale of
+        gradients, randomness."""
         run.history += self.state.log_history  # Trainer makes a new one
         self._release()
+        if self._first_scale is not None:
+            self.accelerator.scaler.load_state_dict(self._first_scale)
         for callback, attributes in run.counters:
             for name, value in copy.deepcopy(attributes).items():
                 setattr(callback, name, value)

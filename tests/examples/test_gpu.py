@@ -136,6 +136,22 @@ def test_a_crash_costs_its_case_alone(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "The process ended with 9" in results.by_case["crash"]["error"]
 
 
+def breaking(options: Options, deadline: float, tried: Iterable[str]) -> None:
+    cases = [Case("breaks", not_here, 1), Case("next", lambda _: {"found": 1}, 1)]
+    runner.answers = lambda _: False  # in this process only
+    runner.run(cases, Machine(options, deadline), tried)
+
+
+def test_a_device_that_answers_no_more_costs_its_case_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "START_METHOD", "fork")
+    results = runner.supervise(Options(tmp_path, "cpu", True, 1), breaking)
+    assert {name: result["status"] for name, result in results.by_case.items()} == {
+        "breaks": "failed",
+        "next": "passed",
+    }
+    assert results.by_case["breaks"]["error"] == "there is none"
+
+
 def test_a_process_that_never_starts_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "START_METHOD", "fork")
     with pytest.raises(RuntimeError, match="ends with 7"):

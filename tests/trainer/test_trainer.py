@@ -378,6 +378,28 @@ def test_mixed_precision_is_not_wrapped_again_in_every_phase(tmp_path):
     assert len(set(depths)) == 1
 
 
+def test_every_phase_begins_with_the_same_gradient_scale(tmp_path, monkeypatch):
+    create = Trainer.create_accelerator_and_postprocess
+
+    def create_with_scaler(trainer):  # as float16 has on a GPU
+        create(trainer)
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+
+    class Scales(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            begins.append(trainer.accelerator.scaler.get_scale())
+
+        def on_train_end(self, args, state, control, **kwargs):
+            ends.append(trainer.accelerator.scaler.get_scale())
+
+    begins, ends = [], []
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", create_with_scaler)
+    trainer = make_trainer(tmp_path, callbacks=[Scales()])
+    trainer.train()
+    assert begins == [2.0**127] * 5
+    assert all(scale < 2.0**127 for scale in ends), "gradients have overflowed"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -74,10 +74,13 @@ def run(cases: Iterable[Case], machine: Machine, tried: Iterable[str] = ()) -> R
             continue
         results.add(case.name, BEGUN)
         result = run_one(case, machine)
+        broken = result["status"] != PASSED and not answers(machine.device)
+        if broken:  # whatever the case makes of its error, it is not to be tried again
+            result["status"] = FAILED
         results.add(case.name, **result)
         said = result.get("error") or result["facts"] or f"{len(result['rows'])} rows"
         print(f"{case.name}: {result['status']}, {result['seconds']:.1f} s: {said}", flush=True)
-        if result["status"] != PASSED and not answers(machine.device):
+        if broken:
             raise SystemExit(BROKEN)
     return results
 
