@@ -128,6 +128,8 @@ def e2vpt(
 LORA: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "r": 8, "lora_alpha": 16}
 MORE_PROMPTS: dict[str, Any] = {"num_visual_prompts": 50, "num_kv_prompts": 20, "share_kv_prompts": False}
 """About five times as many parameters as (10, 5) have."""
+LORA_SIZE: dict[str, Any] = {"num_visual_prompts": 16, "num_kv_prompts": 8, "share_kv_prompts": False}
+"""As many parameters as LoRA of rank 8 has."""
 
 METHODS = (
     Method("linear probe", 3e-2, partial(train_parameters, endings=()), cached=True),
@@ -148,6 +150,7 @@ METHODS = (
     e2vpt("E²VPT"),
     e2vpt("E²VPT, pruned", pruning=Pruning(), same_search="E²VPT"),
     e2vpt("E²VPT, more prompts", learning_rate=3e-3, kv_lr_ratio=1, **MORE_PROMPTS),
+    e2vpt("E²VPT, LoRA's size", learning_rate=3e-3, kv_lr_ratio=1, **LORA_SIZE),
     Method("E²VPT, more prompts, norms", 3e-3, partial(add_prompts_and_train_norms, **MORE_PROMPTS), kv_lr_ratio=1),
     replace(e2vpt("E²VPT, prompts searched", learning_rate=1e-2), variants=({}, MORE_PROMPTS)),
 )
