@@ -15,8 +15,11 @@ Place = tuple[Callable[[str], Any], str]
 PLAIN = {nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Identity}
 """Modules whose output depends on nothing but their input, their parameters and `CONSTANTS`."""
 
-CONSTANTS = ("eps", "variance_epsilon")
-"""What norms call the number that they add to the variance."""
+NORMS = (("transformers.models.", "RMSNorm"), ("timm.layers.norm", "LayerNorm"), ("timm.layers.norm", "RmsNorm"))
+"""Norms of libraries that are as plain: how the names of their modules begin, and those of their classes end."""
+
+CONSTANTS = ("eps", "variance_epsilon", "_fast_norm")
+"""What norms call the number that they add to the variance, and timm whether it computes in the type of its input."""
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By the size of an element, what to compare it as: NumPy has no bfloat16, and NaN is not equal to itself."""
@@ -109,12 +112,12 @@ def can_be_seen(tensor: torch.Tensor | None) -> bool:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module is one of those in torch and transformers whose output depends on its parameters alone, and
-    nobody has wrapped it, or put another `forward` or computed weights into it."""
+    """Whether a module is one of those in torch, transformers and timm whose output depends on its parameters alone,
+    and nobody has wrapped it, or put another `forward` or computed weights into it."""
     kind = type(module)
     own = vars(module)
     return (
-        (kind in PLAIN or (kind.__name__.endswith("RMSNorm") and kind.__module__.startswith("transformers.models.")))
+        (kind in PLAIN or any(kind.__module__.startswith(of) and kind.__name__.endswith(name) for of, name in NORMS))
         and "forward" not in own
         and not own["_modules"]
         and not own["_buffers"]

@@ -215,3 +215,13 @@ def test_rows_of_a_prefix_stand_in_front_in_every_head_and_sample():
     assert both.shape == (5, 3, 8, 4) and both.dtype == states.dtype
     assert torch.equal(both[:, :, 2:], states)
     assert torch.equal(both[:, :, :2], rows.float().transpose(1, 2).expand(5, -1, -1, -1))
+
+
+@pytest.mark.parametrize("samples", [1, 5])
+def test_all_that_a_gpu_joins_is_contiguous(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    joined: list[torch.Tensor] = []
+    cat = torch.cat
+    monkeypatch.setattr(torch, "cat", lambda parts, dim: joined.extend(parts) or cat(parts, dim))
+    states = torch.randn(5, 6, 3 * 4, device="meta").unflatten(-1, (3, 4)).transpose(1, 2)  # as projections give them
+    prepend(torch.randn(samples, 2, 3, 4, device="meta"), states)
+    assert len(joined) == 2 and all(part.is_contiguous() for part in joined)

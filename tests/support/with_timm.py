@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from timm.layers import set_fused_attn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-from e2vpt_peft import E2VPTConfig, check_prefix
+from e2vpt_peft import E2VPTConfig, check_prefix, keep_prefixes
 from e2vpt_peft.attention.interception import ProductsMode
 
 from .adapted import PROMPTS, adapt, adapted_layers
@@ -36,6 +36,24 @@ def test_a_prefix_equals_inserted_tokens(name):
     size = VITS[name]["img_size"]
     assert len(adapted_layers(model)) == 2
     assert check_prefix(model, {"x": images(2, size)}) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", VITS)
+def test_prefixes_are_kept_until_a_norm_changes(name):
+    model, pixels = adapt(make(name, **VITS[name])), images(2, VITS[name]["img_size"])
+    first = model(pixels)
+    layers = list(adapted_layers(model).values())
+    kept = [dict(layer.kept_prefixes._stores) for layer in layers]
+    assert all(kept)
+    assert torch.equal(model(pixels), first)
+    assert [layer.kept_prefixes._stores for layer in layers] == kept
+    for layer in layers:
+        layer.site.norm.eps = 1.0
+    changed = model(pixels)
+    assert not torch.allclose(changed, first)
+    keep_prefixes(model, False)
+    torch.testing.assert_close(changed, model(pixels))
 
 
 def test_an_adapter_is_trained_saved_and_loaded(tmp_path):
