@@ -179,7 +179,7 @@ class KeptPrefixes:
         """
         if not self.enabled or _is_recorded(device):
             return None
-        key = (dtype, device, _autocast_type(device))
+        key = (dtype, device, _autocast_type(device.type))
         store = self._stores.get(key)
         if store is None or store.changed(adapters):
             now = {name: sources(name) for name in adapters}
@@ -222,9 +222,9 @@ def _larger(store: _Store, needed: int, replaced: set[str], example: torch.Tenso
     return larger
 
 
-def _autocast_type(device: torch.device) -> torch.dtype | None:
-    if _is_any_autocast_enabled() and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
+def _autocast_type(device_type: str) -> torch.dtype | None:
+    if _is_any_autocast_enabled() and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
     return None
 
 

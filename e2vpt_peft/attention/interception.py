@@ -7,8 +7,8 @@ attention that is written out (swinv2). What cannot be followed raises an error,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -35,34 +35,20 @@ class ThroughTorchFunctions(WayIn):
     def running(self, source: PrefixSource) -> AbstractContextManager[Any]:
         if attending(source) is not None or not source.has_prefix:
             return nullcontext()
-        return Intercepted(self.mode(Attending(source, self.attention, self.expected)))
+        return self._intercepted(Attending(source, self.attention, self.expected))
+
+    @contextmanager
+    def _intercepted(self, current: Attending) -> Iterator[None]:
+        if is_traced_for_training(current.source):
+            with self.mode(current):
+                yield
+            current.check()
+        else:
+            with current, self.mode(current):
+                yield
 
     def implementation(self, config: Any) -> str:
         return self.mode.implementation
-
-
-class Intercepted:
-    """A context: one forward pass of an adapted attention, in a mode that puts the prefix in.
-
-    Args:
-        mode (`PrefixMode`): The mode.
-    """
-
-    def __init__(self, mode: PrefixMode) -> None:
-        self.mode = mode
-        self.notes_pass = not is_traced_for_training(mode.source)
-
-    def __enter__(self) -> None:
-        if self.notes_pass:
-            self.mode.attending.__enter__()
-        self.mode.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self.mode.__exit__(*error)
-        if self.notes_pass:
-            self.mode.attending.__exit__(*error)
-        elif error[0] is None:
-            self.mode.attending.check()
 
 
 def calls_sdpa(forward: Any) -> bool:

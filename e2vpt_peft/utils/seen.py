@@ -89,10 +89,7 @@ class Seen:
         for module, kind, forward in self._kinds:
             if type(module) is not kind or kind.forward is not forward:
                 return False
-        for values, content in self._contents:
-            if values.tobytes() != content:
-                return False
-        return not any(self._emptiness)
+        return not any(self._emptiness) and all(values.tobytes() == content for values, content in self._contents)
 
 
 def place_of(owner: nn.Module, name: str, kind: str = "_modules") -> Place:
