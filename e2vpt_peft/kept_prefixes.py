@@ -179,7 +179,7 @@ class KeptPrefixes:
         """
         if not self.enabled or _is_recorded(device):
             return None
-        key = (dtype, device, _autocast_type(device.type))
+        key = (dtype, device, _autocast_type(device.type), _stream(device))
         store = self._stores.get(key)
         if store is None or store.changed(adapters):
             now = {name: sources(name) for name in adapters}
@@ -226,6 +226,11 @@ def _autocast_type(device_type: str) -> torch.dtype | None:
     if _is_any_autocast_enabled() and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
+
+
+def _stream(device: torch.device) -> int | None:
+    """The stream that writes what is kept. On another one, an inference could read it before it is written."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
 
 
 def _is_recorded(device: torch.device) -> bool:

@@ -40,7 +40,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalPrediction
 
-from e2vpt_peft import E2VPTConfig
+from e2vpt_peft import E2VPTConfig, create_optimizer
 
 RATE = 16_000  # samples per second
 SECONDS = 0.65
@@ -245,15 +245,16 @@ def load_backbone(model: str, seed: int) -> tuple[PreTrainedModel, list[str]]:
     return backbone, sorted({key.rpartition(".")[0] for key in new} or {"classifier"})
 
 
-def make_optimizer(model: torch.nn.Module, args: AudioArguments, head: list[str]) -> torch.optim.Optimizer:
-    """Prompts take a larger learning rate than a head."""
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    of_head = {name for name in trainable if any(f"{part}." in name for part in head)}
-    groups = [
-        {"params": [trainable[name] for name in trainable if name in of_head], "lr": args.head_learning_rate},
-        {"params": [trainable[name] for name in trainable if name not in of_head], "lr": args.learning_rate},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=1e-4)
+def make_optimizer(model: torch.nn.Module, args: AudioArguments) -> torch.optim.Optimizer:
+    """One learning rate for the head, and one for prompts."""
+    ratio = args.learning_rate / args.head_learning_rate
+    return create_optimizer(
+        model,
+        lr=args.head_learning_rate,
+        visual_prompt_lr_ratio=ratio,
+        kv_prompt_lr_ratio=ratio,
+        weight_decay=1e-4,
+    )
 
 
 def head_alone(args: AudioArguments, model: str, train: Dataset, test: Dataset) -> Result:
@@ -262,7 +263,7 @@ def head_alone(args: AudioArguments, model: str, train: Dataset, test: Dataset) 
     backbone.requires_grad_(False)
     for name in head:
         backbone.get_submodule(name).requires_grad_(True)
-    trainer = make_trainer("head alone ", backbone, args, train, test, make_optimizer(backbone, args, head))
+    trainer = make_trainer("head alone ", backbone, args, train, test, make_optimizer(backbone, args))
     trainer.train()
     trainable = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
     return Result("head alone", trainer.evaluate()["eval_accuracy"], trainable, backbone.num_parameters())
@@ -275,7 +276,7 @@ def e2vpt(args: AudioArguments, model: str, train: Dataset, test: Dataset) -> tu
         num_visual_prompts=args.num_visual_prompts, num_kv_prompts=args.num_kv_prompts, modules_to_save=head
     )
     adapted = get_peft_model(backbone, config)
-    trainer = make_trainer("E²VPT      ", adapted, args, train, test, make_optimizer(adapted, args, head))
+    trainer = make_trainer("E²VPT      ", adapted, args, train, test, make_optimizer(adapted, args))
     trainer.train()
     logits, _, metrics = trainer.predict(test)
     adapted.save_pretrained(args.output_dir)

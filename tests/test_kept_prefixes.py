@@ -222,6 +222,17 @@ def test_a_copy_has_prefixes_of_its_own(duplicate: Any) -> None:
         assert stores(off) == []
 
 
+@torch.no_grad()
+def test_each_stream_has_prefixes_of_its_own(computed: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = one()
+    for number in (1, 2):
+        monkeypatch.setattr("e2vpt_peft.kept_prefixes._stream", lambda device, number=number: number)
+        model(pixel_values=images())
+        assert len(computed) == number * LAYERS
+        model(pixel_values=images())
+        assert len(computed) == number * LAYERS
+
+
 def test_autocast_has_prefixes_of_its_own() -> None:
     model = one()
     pixels = images()

@@ -19,7 +19,7 @@ from .accuracy.ablations import ABLATIONS, TUNED
 from .accuracy.methods import Method
 from .accuracy.plots import plot_parameters, plot_variants
 from .accuracy.records import Record, by_plan, read_all, select
-from .accuracy.tables import MEANS, at_the_edge, differences, final, markdown, summarise, task_groups
+from .accuracy.tables import MEANS, at_the_edge, differences, final, markdown, shares, summarise, task_groups
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -88,6 +88,7 @@ def section(records: Sequence[Record], methods: Sequence[Method], against: str |
         "Groups: " + "; ".join(f"{task} {group}" for task, group in groups.items()) + ".",
         markdown(summaries, list(groups)),
         differences(records, names, reference),
+        *filter(None, [shares(records, names)]),
     ]
     for summary in summaries:
         if summary.incomplete:

@@ -21,6 +21,7 @@ from scipy import ndimage
 from examples.benchmarks import compare, report
 from examples.benchmarks.accuracy import ablations, drawing, methods, protocol, records, tables, tasks, training
 from examples.benchmarks.accuracy import images as data
+from examples.benchmarks.accuracy.shares import shares_of_prefix
 
 HIDDEN, LAYERS = 32, 2  # of tiny_backbone
 CLASSES = 3
@@ -209,6 +210,7 @@ TRAINABLE = {
     "VPT-Deep": PROMPTS["visual"],
     "E²VPT": PROMPTS["visual"] + PROMPTS["kv"],
     "E²VPT, pruned": LAYERS * 7 * HIDDEN // 2 + PROMPTS["kv"],
+    "E²VPT, LoRA's size": LAYERS * (16 + 2 * 8) * HIDDEN,
     "E²VPT, more prompts": LAYERS * (50 + 2 * 20) * HIDDEN,
     "E²VPT, more prompts, norms": (LAYERS * (50 + 2 * 20) + (2 * LAYERS + 1) * 2) * HIDDEN,
 }
@@ -492,6 +494,7 @@ def test_accuracy_is_of_what_is_judged_and_training_accuracy_of_what_was_trained
     assert record["accuracy"] is getattr(bench.splits, part)
     fit = getattr(bench.splits, trained_on) if part == "test" else None
     assert record.get("training_accuracy") is fit, "a search has no use for it"
+    assert {when: len(values) for when, values in record["shares"].items()} == {"start": LAYERS, "end": LAYERS}
 
 
 # Tables
@@ -535,6 +538,37 @@ def test_fit_is_shown_where_all_results_of_a_method_tell() -> None:
     assert "| mean of tasks | training images |" in shown
     assert [line.rsplit("| ", 1)[1] for line in shown.splitlines()[2:4]] == ["85.0 |", " |"]
     assert "training images" not in tables.markdown(tables.summarise(untold, ["E²VPT"]), ["a"])
+
+
+def test_attention_paid_to_prompts_is_averaged_over_tasks_and_seeds() -> None:
+    lines = [line(task, "natural", "E²VPT", 0, 0.5) for task in "ab"]
+    for record, (start, end) in zip(lines, ((0.2, 0.1), (0.4, 0.3))):
+        record["shares"] = {"start": [start, 0.9], "end": [end, 0.8]}
+    other = line("a", "natural", "LoRA", 0, 0.5)
+    shown = tables.shares([*lines, other], ["LoRA", "E²VPT"]).splitlines()
+    assert shown[0] == "| attention paid to prompts | 0 | 1 |"
+    assert shown[2:] == ["| E²VPT, start | 30 | 90 |", "| E²VPT, end | 20 | 80 |"]
+    assert tables.shares([other], ["LoRA"]) == ""
+
+
+@pytest.mark.parametrize("prompts", [(3, 2), (0, 4)])
+def test_with_queries_of_zero_prompts_are_paid_by_their_number(
+    prompts: tuple[int, int], plan: Any, colours: Any
+) -> None:
+    bench = protocol.Trainings(colours, plan)
+    model = bench.build(methods.e2vpt(num_visual_prompts=prompts[0], num_kv_prompts=prompts[1]), seed=0)
+    for name, parameter in model.named_parameters():
+        if ".q_proj." in name:
+            parameter.data.zero_()
+    before = model.get_base_model().config._attn_implementation
+    pixels = bench.preprocessing.for_evaluation(bench.splits.test.pixels)
+    tokens = 1 + (16 // 8) ** 2
+    expected = sum(prompts) / (sum(prompts) + tokens)
+    assert shares_of_prefix(model, pixels) == pytest.approx([expected] * LAYERS)
+    assert model.get_base_model().config._attn_implementation == before
+    for other in ("LoRA", "VPT-Shallow", "BitFit"):
+        (method,) = methods.choose(methods.METHODS, [other])
+        assert shares_of_prefix(bench.build(method, seed=0), pixels) is None
 
 
 def test_differences_are_taken_seed_by_seed() -> None:

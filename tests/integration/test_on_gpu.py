@@ -100,3 +100,19 @@ def test_streams(depth: str) -> None:
         found = model(images().to(GPU)).logits
     torch.cuda.current_stream().wait_stream(stream)
     torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@torch.inference_mode()
+def test_a_stream_does_not_read_what_another_one_has_yet_to_write() -> None:
+    model = adapted("deep").to(GPU)
+    pixels = images().to(GPU)
+    expected = model(pixels).logits
+    model.eval()  # nothing is kept any more
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(10**9)  # about half a second
+        model(pixels)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        found = model(pixels).logits
+    torch.cuda.synchronize()
+    torch.testing.assert_close(found, expected, **CLOSE)

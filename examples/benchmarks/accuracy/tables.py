@@ -149,6 +149,25 @@ def markdown(summaries: Sequence[Summary], tasks: Sequence[str]) -> str:
     return f"{as_table(overview)}\n\n{as_table(each)}"
 
 
+def shares(records: Iterable[Record], methods: Sequence[str]) -> str:
+    """A table of what prompts are paid of the attention in each layer, in percent, before a training and after it.
+
+    Means over tasks and seeds. Methods without prompts in the attention have no row; if none has one, there is no
+    table.
+    """
+    found: dict[str, list[dict[str, list[float]]]] = defaultdict(list)
+    for record in final(records):
+        if "shares" in record:
+            found[record["settings"]["method"]].append(record["shares"])
+    rows = []
+    for method in methods:
+        for when in ("start", "end"):
+            layers = zip(*(shares[when] for shares in found[method]), strict=True)
+            means = [f"{100 * fmean(values):.0f}" for values in layers]
+            rows += [[f"{method}, {when}", *means]] if means else []
+    return as_table([["attention paid to prompts", *map(str, range(len(rows[0]) - 1))], *rows]) if rows else ""
+
+
 def as_table(rows: Sequence[Sequence[str]]) -> str:
     ruled = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in ruled)
