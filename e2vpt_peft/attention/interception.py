@@ -85,11 +85,10 @@ class SdpaMode(PrefixMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
+            return func(*args, **kwargs) if kwargs else func(*args)
         self.attending.is_done = True
-        return self._attend(*args, **kwargs)
+        return self._attend(*args, **(kwargs or {}))
 
     def _attend(
         self,

@@ -166,8 +166,11 @@ def prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """
     # Joined as (batch, length, heads, head size), the layout in memory of what the projections give, because copying
     # whole rows is much faster than copying head by head.
-    prefix = prefix.to(states.dtype).expand(states.shape[0], -1, -1, -1)
-    if prefix.device.type != "cpu":
+    if prefix.dtype != states.dtype:
+        prefix = prefix.to(states.dtype)
+    if prefix.shape[0] != states.shape[0]:
+        prefix = prefix.expand(states.shape[0], -1, -1, -1)
+    if not prefix.is_cpu:
         # A GPU copies whole rows only if all that it joins is contiguous, and the sequence is. Otherwise it copies
         # element by element, at a fifth of the speed. A CPU copies whole rows in any case.
         prefix = prefix.contiguous()
