@@ -302,3 +302,16 @@ def test_one_attention_can_have_another_implementation():
         "sdpa",
     ]
     assert model.unload().vit.layers[0].attention.config._attn_implementation == "eager"
+
+
+def test_attributes_are_the_wrappers_own_or_those_of_the_attention() -> None:
+    layer = next(module for module in adapt(tiny_vit()).modules() if isinstance(module, E2VPTLayer))
+    assert layer.q_proj is layer.base_layer.q_proj
+    assert layer.e2vpt_visual_prompts is layer._modules["e2vpt_visual_prompts"]
+    assert not hasattr(layer.base_layer, "e2vpt_visual_prompts")
+    layer._parameters["gate"] = nn.Parameter(torch.ones(1))
+    layer._buffers["count"] = torch.zeros(1)
+    assert layer.gate is layer._parameters["gate"] and layer.count is layer._buffers["count"]
+    for name in ("missing", "_private"):
+        with pytest.raises(AttributeError, match=name):
+            getattr(layer, name)
