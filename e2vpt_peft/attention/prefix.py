@@ -166,12 +166,9 @@ def prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """
     # Joined as (batch, length, heads, head size), the layout in memory of what the projections give, because copying
     # whole rows is much faster than copying head by head.
-    if prefix.dtype != states.dtype:
-        prefix = prefix.to(states.dtype)
-    if prefix.shape[0] != states.shape[0]:
-        prefix = prefix.expand(states.shape[0], -1, -1, -1)
+    prefix = prefix.to(states.dtype).expand(states.shape[0], -1, -1, -1)
     if not prefix.is_cpu:
-        # A GPU copies whole rows only if all that it joins is contiguous, and the sequence is. Otherwise it copies
-        # element by element, at a fifth of the speed. A CPU copies whole rows in any case.
+        # A GPU copies whole rows only if all that it joins is contiguous, as the sequence is. Else it copies element by
+        # element, which is much slower. A CPU copies whole rows in any case.
         prefix = prefix.contiguous()
     return torch.cat([prefix, states.transpose(1, 2)], 1).transpose(1, 2)
