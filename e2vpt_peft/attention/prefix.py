@@ -168,7 +168,7 @@ def prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     # whole rows is much faster than copying head by head.
     prefix = prefix.to(states.dtype).expand(states.shape[0], -1, -1, -1)
     if not prefix.is_cpu:
-        # A GPU copies whole rows only if all that it joins is contiguous, as the sequence is. Else it copies element by
-        # element, which is much slower. A CPU copies whole rows in any case.
+        # A GPU copies whole rows only if all that it joins is contiguous, as the sequence is. Else it copies element
+        # by element, which is much slower. A CPU copies whole rows in any case.
         prefix = prefix.contiguous()
     return torch.cat([prefix, states.transpose(1, 2)], 1).transpose(1, 2)
