@@ -430,14 +430,12 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
 
     def __getattr__(self, name: str) -> Any:
         """Forward missing attributes to the attention, for which attention implementations take this wrapper."""
-        if name.startswith("_") or name == "base_layer":
+        try:
             return super().__getattr__(name)
-        # Looked up by hand: attention implementations ask for several in each pass that only the attention has, and an
-        # exception for each would take longer than all that they do with them.
-        for own in (self._modules, self._parameters, self._buffers):
-            if name in own:
-                return own[name]
-        return getattr(self.base_layer, name)
+        except AttributeError:
+            if name.startswith("_") or name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set what is not of this wrapper's own on the attention, which would not see it here."""

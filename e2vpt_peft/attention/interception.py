@@ -85,10 +85,11 @@ class SdpaMode(PrefixMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs) if kwargs else func(*args)
+            return func(*args, **kwargs)
         self.attending.is_done = True
-        return self._attend(*args, **(kwargs or {}))
+        return self._attend(*args, **kwargs)
 
     def _attend(
         self,
