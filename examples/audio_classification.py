@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from console import hide_notices
 from datasets import Dataset
+from head_and_prompts import make_optimizer
 from peft import PeftModel, get_peft_model
 from progress import show_one_bar
 from scipy.signal import lfilter
@@ -40,7 +41,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalPrediction
 
-from e2vpt_peft import E2VPTConfig, create_optimizer
+from e2vpt_peft import E2VPTConfig
 
 RATE = 16_000  # samples per second
 SECONDS = 0.65
@@ -245,25 +246,14 @@ def load_backbone(model: str, seed: int) -> tuple[PreTrainedModel, list[str]]:
     return backbone, sorted({key.rpartition(".")[0] for key in new} or {"classifier"})
 
 
-def make_optimizer(model: torch.nn.Module, args: AudioArguments) -> torch.optim.Optimizer:
-    """One learning rate for the head, and one for prompts."""
-    ratio = args.learning_rate / args.head_learning_rate
-    return create_optimizer(
-        model,
-        lr=args.head_learning_rate,
-        visual_prompt_lr_ratio=ratio,
-        kv_prompt_lr_ratio=ratio,
-        weight_decay=1e-4,
-    )
-
-
 def head_alone(args: AudioArguments, model: str, train: Dataset, test: Dataset) -> Result:
     """Train the head alone."""
     backbone, head = load_backbone(model, args.seed)
     backbone.requires_grad_(False)
     for name in head:
         backbone.get_submodule(name).requires_grad_(True)
-    trainer = make_trainer("head alone ", backbone, args, train, test, make_optimizer(backbone, args))
+    optimizer = make_optimizer(backbone, args.head_learning_rate, args.learning_rate)
+    trainer = make_trainer("head alone ", backbone, args, train, test, optimizer)
     trainer.train()
     trainable = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
     return Result("head alone", trainer.evaluate()["eval_accuracy"], trainable, backbone.num_parameters())
@@ -276,7 +266,8 @@ def e2vpt(args: AudioArguments, model: str, train: Dataset, test: Dataset) -> tu
         num_visual_prompts=args.num_visual_prompts, num_kv_prompts=args.num_kv_prompts, modules_to_save=head
     )
     adapted = get_peft_model(backbone, config)
-    trainer = make_trainer("E²VPT      ", adapted, args, train, test, make_optimizer(adapted, args))
+    optimizer = make_optimizer(adapted, args.head_learning_rate, args.learning_rate)
+    trainer = make_trainer("E²VPT      ", adapted, args, train, test, optimizer)
     trainer.train()
     logits, _, metrics = trainer.predict(test)
     adapted.save_pretrained(args.output_dir)

