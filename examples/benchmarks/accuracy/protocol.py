@@ -305,7 +305,7 @@ class Trainings:
         model = self.build(method, how.seed)
         total = sum(p.numel() for p in model.parameters())
         looked_at = preprocessing.for_evaluation(judged_on.pixels[:IMAGES])
-        at_start = shares_of_prefix(model, looked_at)
+        at_start = None if part == "validation" else shares_of_prefix(model, looked_at)
         if method.cached:
             model = Probe(model.get_submodule(HEAD))
         machine = {

@@ -15,6 +15,8 @@ IMAGES = 64
 def shares_of_prefix(model: nn.Module, pixels: torch.Tensor) -> list[float] | None:
     """The mean over images, heads and tokens of what each layer's attention pays to its prefix.
 
+    Shallow visual prompts are tokens, and not counted.
+
     Args:
         model (`nn.Module`): A model with or without prompts.
         pixels (`torch.Tensor`): Images as the model reads them; the first 64 are looked at.
@@ -25,7 +27,7 @@ def shares_of_prefix(model: nn.Module, pixels: torch.Tensor) -> list[float] | No
     if not isinstance(model, PeftModel):
         return None
     config = model.active_peft_config
-    if not isinstance(config, E2VPTConfig) or config.visual_prompt_depth == "shallow":
+    if not isinstance(config, E2VPTConfig) or (config.visual_prompt_depth == "shallow" and not config.num_kv_prompts):
         return None
     backbone = model.get_base_model()
     implementation = backbone.config._attn_implementation
