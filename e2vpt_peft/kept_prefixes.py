@@ -9,18 +9,22 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch._C import (
+    DispatchKey,
     _are_functorch_transforms_active,
+    _dispatch_tls_is_dispatch_key_included,
     _is_any_autocast_enabled,
     _is_tracing,
     _len_torch_dispatch_stack,
 )
-from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.compiler import is_compiling
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .attention.prefix import Prefix
 from .route import Route
 from .utils.seen import Place, Seen, can_be_seen, is_plain
+
+PRE_DISPATCH = DispatchKey.PreDispatch
+"""Included where there are modes above autograd, as `torch.export` and `make_fx(..., pre_dispatch=True)` have them."""
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
@@ -241,6 +245,9 @@ def _is_recorded(device: torch.device) -> bool:
         is_compiling()
         or _is_tracing()
         or _are_functorch_transforms_active()
-        or ((_len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch()) and get_proxy_mode() is not None)
+        or (
+            (_len_torch_dispatch_stack() or _dispatch_tls_is_dispatch_key_included(PRE_DISPATCH))
+            and get_proxy_mode() is not None
+        )
         or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
     )

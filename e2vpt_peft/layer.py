@@ -81,6 +81,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.kept_prefixes = KeptPrefixes()
         self.passes = Passes()  # the tuner replaces it by one that all layers of the model share
+        self.stack = ""  # the tuner puts in the name of the stack of blocks that the attention is in
         self.training = base_layer.training
         self.ways_in: list[WayIn] = []
         self.attach(site.way_in)
@@ -225,6 +226,8 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             device (`torch.device`): Its device.
         """
         current, adapters = self.passes.current, self._running_adapters()
+        if current.route is not None:
+            current.route.count_once(batch_size, self.stack)
         kept = self._kept_rows([name for name in adapters if self._is_in_prefix(name)], dtype, device)
         if current.route is not None:
             if kept is None:
@@ -234,7 +237,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
                 return Prefix(gathered[0], gathered[1], visible)
             return kept.gather(current.route, [self._is_in_prefix(name) for name in adapters], batch_size)
         rows = self._compute_rows(adapters, self._prompt_samples(batch_size), dtype) if kept is None else kept.parts()
-        prefix = Prefix(_cat([keys for keys, _ in rows]), _cat([values for _, values in rows]))
+        prefix = Prefix(*_side_by_side(rows))
         return prefix if current.edit_prefix is None else current.edit_prefix(self, prefix, batch_size)
 
     def _compute_rows(self, adapters: list[str], samples: int, dtype: torch.dtype) -> list[KeysAndValues]:
@@ -248,7 +251,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         for rows in parts:
             rows = rows or [(no_rows, no_rows)]
             dtype = rows[0][0].dtype
-            joined.append((_cat([row[0].to(dtype) for row in rows]), _cat([row[1].to(dtype) for row in rows])))
+            joined.append(_side_by_side([(keys.to(dtype), values.to(dtype)) for keys, values in rows]))
         return joined
 
     def _kept_rows(self, adapters: list[str], dtype: torch.dtype, device: torch.device) -> KeptRows | None:
@@ -313,7 +316,10 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
 
     def _running_adapters(self) -> list[str]:
         route = self.passes.current.route
-        return self.active_adapters if route is None else route.adapters
+        if route is not None:
+            return route.adapters
+        active = self._active_adapter  # `active_adapters`, without the calls that PEFT's property makes
+        return [active] if isinstance(active, str) else active
 
     def _is_shallow(self, adapter_name: str) -> bool:
         return self.adapter_configs[adapter_name].visual_prompt_depth == "shallow"
@@ -425,17 +431,21 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the attention, with the prompts of the running forward pass."""
+        if attending(self) is not None:  # `__call__` waits for the prefix already
+            return self.base_layer(*args, **kwargs)
         with self.site.way_in.running(self):
             return self.base_layer(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """Forward missing attributes to the attention, for which attention implementations take this wrapper."""
-        try:
+        # Many times in each pass, so first what is asked for most often, and no exception that is caught.
+        own = self.__dict__
+        modules: dict[str, Any] = own.get("_modules", {})
+        if name in modules:
+            return modules[name]
+        if name[0] == "_" or "base_layer" not in modules or name in own["_parameters"] or name in own["_buffers"]:
             return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
+        return getattr(modules["base_layer"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set what is not of this wrapper's own on the attention, which would not see it here."""
@@ -490,5 +500,7 @@ def _set_parameter(parameters: nn.ParameterDict, name: str, values: torch.Tensor
         parameters[name] = nn.Parameter(values.to(old.device, old.dtype), requires_grad=old.requires_grad)
 
 
-def _cat(parts: list[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)  # of a single tensor, cat would make a copy
+def _side_by_side(rows: list[KeysAndValues]) -> KeysAndValues:
+    if len(rows) == 1:  # of a single tensor, cat would make a copy
+        return rows[0]
+    return torch.cat([keys for keys, _ in rows], 1), torch.cat([values for _, values in rows], 1)

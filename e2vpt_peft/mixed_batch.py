@@ -4,7 +4,8 @@ adapter."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
@@ -83,17 +84,16 @@ def _are_alike(modules: Sequence[nn.Module]) -> TypeGuard[Sequence[nn.Linear]]:
 
 
 class SampleCount(WayIn):
-    """Counts the samples of a routed batch where they enter a block of an adapted tower, before they are cut into
-    windows.
+    """Counts the samples of a routed batch where they enter the first adapted block of a stack, before they are cut
+    into windows. A hook at each block would take longer than the rest of a prefix.
 
     Args:
-        block (`nn.Module`): The block, one of a stack; the attention itself if it is in none.
-        name (`str`): Its name in the model.
+        stack ([`BlockStack`]): The stack.
         model (`nn.Module`, *optional*): The model, to be kept from calls with names that nobody reads.
     """
 
-    def __init__(self, block: nn.Module, name: str, model: nn.Module | None = None) -> None:
-        self.block, self.name, self.model = block, name, model
+    def __init__(self, stack: BlockStack, model: nn.Module | None = None) -> None:
+        self.block, self.name, self.stack, self.model = stack.block, stack.block_name, stack.name, model
         self.handles: list[RemovableHandle] = []
 
     def attach(self, attention: nn.Module, source: Any) -> None:
@@ -111,7 +111,8 @@ class SampleCount(WayIn):
         route = self.source.passes.current.route
         if route is not None:
             states = (kwargs.get("hidden_states"), *args, *kwargs.values())
-            route.check(next(len(value) for value in states if isinstance(value, torch.Tensor)), self.name)
+            samples = next(len(value) for value in states if isinstance(value, torch.Tensor))
+            route.count(samples, self.stack, self.name)
 
 
 def _refuse_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -123,20 +124,41 @@ def _refuse_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         )
 
 
-def find_block(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The block of a stack of layers that a module is in, and its name; the module itself if it is in no stack."""
-    path = name.split(".")
-    for depth in range(len(path) - 1, 0, -1):
-        if isinstance(model.get_submodule(".".join(path[:depth])), nn.ModuleList):
-            block = ".".join(path[: depth + 1])
-            return model.get_submodule(block), block
-    return model.get_submodule(name), name
+class BlockStack(NamedTuple):
+    """Where an attention is in its tower.
+
+    Attributes:
+        name (`str`): The name of the stack of blocks that it is in; its own if it is in none.
+        modules (`nn.Module`): The stack.
+        block_name (`str`): The name of its block; its own if it is in no stack.
+        block (`nn.Module`): The block.
+    """
+
+    name: str
+    modules: nn.Module
+    block_name: str
+    block: nn.Module
+
+    @classmethod
+    def around(cls, model: nn.Module, name: str) -> BlockStack:
+        """That of the module `name` of a model."""
+        path = name.split(".")
+        for depth in range(len(path) - 1, 0, -1):
+            stack, block = ".".join(path[:depth]), ".".join(path[: depth + 1])
+            if isinstance(model.get_submodule(stack), nn.ModuleList):
+                return cls(stack, model.get_submodule(stack), block, model.get_submodule(block))
+        return cls(name, model.get_submodule(name), name, model.get_submodule(name))
+
+    def is_first(self, attention: nn.Module, kind: type[nn.Module]) -> bool:
+        """Whether no module of a kind comes before an attention."""
+        before = takewhile(lambda module: module is not attention, self.modules.modules())
+        return not any(isinstance(module, kind) for module in before)
 
 
 def route_modules_to_save(model: nn.Module, passes: Passes) -> None:
     """Make the `modules_to_save` of a model follow the route of the running forward pass."""
-    counts = [count for module in model.modules() for count in getattr(module, "ways_in", [])]
-    blocks = {count.name for count in counts if isinstance(count, SampleCount)}
+    layers = [name for name, module in model.named_modules() if hasattr(module, "ways_in")]
+    blocks = {BlockStack.around(model, name).block_name for name in layers}
     for name, module in model.named_modules():
         if type(module) is ModulesToSaveWrapper:
             # PEFT makes the wrappers and takes no class for them; another class keeps parameters and their names.

@@ -27,7 +27,7 @@ from .loading.former_names import target_present_layout
 from .loading.saved_heads import check_heads, check_nothing_overwritten, refuse_other_sizes_before_loading
 from .loading.saved_modules import check_saved_modules_exist, warn_of_new_head
 from .loading.saved_prompts import check_before_saving, check_prompts, check_values, prompts_in, prompts_to_come
-from .mixed_batch import SampleCount, find_block, make_route, route_modules_to_save
+from .mixed_batch import BlockStack, SampleCount, make_route, route_modules_to_save
 from .prompt_shapes import PREFIX
 from .running_pass import passes_of
 from .saved_weights import SavedWeights, is_prompt
@@ -167,8 +167,11 @@ class E2VPTModel(BaseTuner):
         else:
             layer = E2VPTLayer(target, self._find_site(self.model, current_key, peft_config))
             layer.passes = self.passes
-            is_first_layer = not any(isinstance(module, E2VPTLayer) for module in self.model.modules())
-            layer.attach(SampleCount(*find_block(self.model, current_key), self.model if is_first_layer else None))
+            stack = BlockStack.around(self.model, current_key)
+            layer.stack = stack.name
+            if stack.is_first(target, E2VPTLayer):
+                is_first_layer = not any(isinstance(module, E2VPTLayer) for module in self.model.modules())
+                layer.attach(SampleCount(stack, self.model if is_first_layer else None))
         layer.update_layer(adapter_name, peft_config, has_visual_prompts)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)

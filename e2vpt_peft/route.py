@@ -40,6 +40,26 @@ class Route:
         self.copies = copies
         self.doubt = doubt
         self._known: dict[tuple[object, ...], torch.Tensor] = {}
+        self._counted: set[str] = set()
+
+    def count(self, batch_size: int, stack: str, where: str) -> None:
+        """[`check`] a batch that enters a stack of blocks, outside of windows.
+
+        Args:
+            batch_size (`int`): Its size.
+            stack (`str`): The name of the stack.
+            where (`str`): The name of the block.
+        """
+        self.check(batch_size, where)
+        self._counted.add(stack)
+
+    def count_once(self, batch_size: int, stack: str) -> None:
+        """[`check`] a batch that is inside of a stack of blocks, unless the stack has counted it where it entered.
+
+        The block that counts may have been cut off, or passed by.
+        """
+        if stack not in self._counted:
+            self.check(batch_size, stack)
 
     def check(self, batch_size: int, where: str) -> None:
         """Refuse a batch, outside of windows, that the names are not for.

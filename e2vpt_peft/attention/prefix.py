@@ -83,7 +83,7 @@ class Attending:
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         _this_thread.attending = self.outer
-        if kind is None:
+        if kind is None and not self.is_done:
             self.check()
 
     def check(self) -> None:
@@ -105,7 +105,7 @@ def attending(source: PrefixSource) -> Attending | None:
 def is_traced_for_training(source: Any) -> bool:
     """Whether `torch.compile` traces a training step. A layer that is checkpointed may then change nothing outside of
     itself, so that nothing can be noted of a running pass."""
-    return torch.compiler.is_dynamo_compiling() and source.training and torch.is_grad_enabled()
+    return source.training and torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled()
 
 
 class WayIn:
@@ -131,7 +131,7 @@ class WayIn:
         Entered again in the same pass, it does nothing. A training step that `torch.compile` traces is not checked
         where the way in does not see the prefix used by itself.
         """
-        if is_traced_for_training(source) or attending(source) is not None or not source.has_prefix:
+        if attending(source) is not None or is_traced_for_training(source) or not source.has_prefix:
             return nullcontext()
         return Attending(source, self.attention, self.expected)
 

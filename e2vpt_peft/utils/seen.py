@@ -24,7 +24,7 @@ CONSTANTS = ("eps", "variance_epsilon", "_fast_norm")
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By the size of an element, what to compare it as: NumPy has no bfloat16, and NaN is not equal to itself."""
 
-FEW, MANY = 64, 256
+FEW, MANY = 32, 256
 """How many values of a large tensor are compared; of a tensor that is found by itself, two in each row, up to many."""
 
 
@@ -36,7 +36,7 @@ class Seen:
 
     PyTorch counts changes of a tensor in place (`_version`), and other memory has another address. Changes in place
     through `.data`, as moving averages of weights make them, have neither. On the CPU some values are compared for
-    that reason, two in each prompt and 64 in each weight. On other devices, Python would have to wait for the device.
+    that reason, two in each prompt and 32 in each weight. On other devices, Python would have to wait for the device.
 
     Args:
         places (`Iterable[Place]`):
@@ -89,7 +89,10 @@ class Seen:
         for module, kind, forward in self._kinds:
             if type(module) is not kind or kind.forward is not forward:
                 return False
-        return not any(self._emptiness) and all(values.tobytes() == content for values, content in self._contents)
+        for values, content in self._contents:
+            if values.tobytes() != content:
+                return False
+        return not any(self._emptiness)
 
 
 def place_of(owner: nn.Module, name: str, kind: str = "_modules") -> Place:
