@@ -47,6 +47,13 @@ class E2VPTConfig(PeftConfig):
             the paper). `0` for visual prompts alone, which makes the method VPT.
         share_kv_prompts (`bool`, defaults to `True`):
             Use one tensor as key and as value prompts, as the paper does. `False` learns two.
+        kv_prompt_activation (`Optional["gelu"]`):
+            How queries read key-value prompts. `None`, as in the paper (equation 5): in the attention's softmax, so
+            that the attention paid to them is taken from the sequence. `"gelu"`: beside it. The output of each head
+            becomes `softmax(s q K^T) V + gelu(s q K_P^T) V_P`, with the scale `s` of the attention. `V_P` starts at
+            zero and `K_P` normal with standard deviation 0.5, whatever `init_weights` is, so that they start without
+            an effect. Needs `share_kv_prompts=False`. It is the multi-head parallel adapter of He et al.
+            (https://huggingface.co/papers/2110.04366), with the attention's own queries as its first product.
         init_weights (`bool` or `"kaiming_uniform"` or `"trunc_normal"`, defaults to `"kaiming_uniform"`):
             How prompts are initialised, in one of the two ways that the paper compares. `"kaiming_uniform"`, its
             choice: visual prompts uniform in ±sqrt(6 / (3 p² + D)), with p the patch size and D the hidden size (as in
@@ -117,6 +124,15 @@ class E2VPTConfig(PeftConfig):
     )
     share_kv_prompts: bool = field(
         default=True, metadata={"help": "Whether one tensor serves as key and as value prompts."}
+    )
+    kv_prompt_activation: Optional[Literal["gelu"]] = field(
+        default=None,
+        metadata={
+            "help": (
+                "How queries read key-value prompts: in the softmax of the attention, as in the paper, or with 'gelu' "
+                "beside it, which takes no attention from the sequence and needs share_kv_prompts=False."
+            )
+        },
     )
     init_weights: Literal[True, False, "kaiming_uniform", "trunc_normal"] = field(
         default="kaiming_uniform",
@@ -226,6 +242,12 @@ class E2VPTConfig(PeftConfig):
             )
         check_choice("visual_prompt_depth", self.visual_prompt_depth, ("deep", "shallow"))
         check_type("share_kv_prompts", self.share_kv_prompts, bool, "True or False")
+        check_choice("kv_prompt_activation", self.kv_prompt_activation, (None, "gelu"))
+        if self.kv_prompt_activation is not None and self.share_kv_prompts:
+            raise ValueError(
+                "kv_prompt_activation='gelu' needs share_kv_prompts=False: value prompts start at zero, and keys that "
+                "are the same tensor would never learn."
+            )
         if not isinstance(self.init_weights, bool):
             check_choice("init_weights", self.init_weights, ("kaiming_uniform", "trunc_normal"))
         for name in ("prompt_dropout", "kv_prompt_dropout"):

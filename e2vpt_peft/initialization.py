@@ -15,6 +15,10 @@ TRUNC_NORMAL_STD = 0.02
 """Of `init_weights="trunc_normal"`: what transformers and timm initialise the tokens of a ViT with."""
 
 
+KEY_STD = 0.5
+"""Of key prompts that are read through GELU, whose values start at zero: queries of about 1 give scores of about 1."""
+
+
 def draw_prompts(config: E2VPTConfig, site: AttentionSite, has_visual_prompts: bool) -> dict[str, torch.Tensor]:
     """Initial values for the prompts of an adapter in one attention, pruned ones included; see `init_weights`.
 
@@ -38,4 +42,7 @@ def draw_prompts(config: E2VPTConfig, site: AttentionSite, has_visual_prompts: b
         else:
             bound = math.sqrt(6 / fans[name])
             values.uniform_(-bound, bound)
+        if name == KV_PROMPTS and config.kv_prompt_activation is not None:
+            values[0].normal_(std=KEY_STD)
+            values[1].zero_()
     return prompts

@@ -19,14 +19,12 @@ from torch._C import (
 from torch.compiler import is_compiling
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from .attention.prefix import Prefix
+from .attention.prefix import KeysAndValues, Prefix
 from .route import Route
 from .utils.seen import Place, Seen, can_be_seen, is_plain
 
 PRE_DISPATCH = DispatchKey.PreDispatch
 """Included where there are modes above autograd, as `torch.export` and `make_fx(..., pre_dispatch=True)` have them."""
-
-KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
 FIRST = 1
 """The first row that is anyone's. The one before is zero, for samples of a batch that have fewer rows than others."""
@@ -67,20 +65,30 @@ class KeptRows(NamedTuple):
         """Keys and values of each adapter, (1, number, heads, head size) each."""
         return [one.rows for one in self.kept]
 
-    def gather(self, route: Route, has_rows: Sequence[bool], batch_size: int) -> Prefix:
+    def gather(self, route: Route, has_rows: Sequence[bool], beside: Sequence[int], batch_size: int) -> Prefix:
         """The prefix of a batch.
 
         Args:
             route ([`Route`]): The adapter of each sample.
             has_rows (`Sequence[bool]`): For each adapter of the route, whether it is one of these.
+            beside (`Sequence[int]`): For each adapter of the route, how many of its rows, the last, are for
+                [`~e2vpt_peft.attention.prefix.read_beside`].
             batch_size (`int`): The batch size in the attention.
         """
         places = iter((one.start, one.length) for one in self.kept)
         starts, lengths = zip(*(next(places) if has else (0, 0) for has in has_rows))
-        device = self.storage.device
-        index = route.row_index(starts, lengths, batch_size, device)
-        rows = self.storage.index_select(1, index).unflatten(1, (batch_size, -1))
-        return Prefix(rows[0], rows[1], route.visible(lengths, batch_size, device))
+        joint = [length - last for length, last in zip(lengths, beside)]
+        keys, values = self._gather(route, starts, joint, batch_size)
+        prefix = Prefix(keys, values, route.visible(joint, batch_size, self.storage.device))
+        if not any(beside):
+            return prefix
+        ends = [start + length for start, length in zip(starts, joint)]
+        return prefix._replace(beside=self._gather(route, ends, beside, batch_size))
+
+    def _gather(self, route: Route, starts: Sequence[int], lengths: Sequence[int], batch_size: int) -> KeysAndValues:
+        index = route.row_index(starts, lengths, batch_size, self.storage.device)
+        keys, values = self.storage.index_select(1, index).unflatten(1, (batch_size, max(lengths)))
+        return keys, values
 
 
 class _Kept(NamedTuple):

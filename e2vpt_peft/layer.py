@@ -10,11 +10,11 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .attention.prefix import Prefix, WayIn, attending, is_traced_for_training
+from .attention.prefix import KeysAndValues, Prefix, WayIn, attending, is_traced_for_training
 from .attention.site import AttentionSite
 from .config import E2VPTConfig
 from .initialization import draw_prompts
-from .kept_prefixes import KeptPrefixes, KeptRows, KeysAndValues, Sources
+from .kept_prefixes import KeptPrefixes, KeptRows, Sources
 from .masks import PromptMasks
 from .mixed_batch import RoutedModulesToSave
 from .prompt_shapes import KV_PROMPTS, SEGMENT_MASK, VISUAL_PROMPTS, prompt_shapes
@@ -231,14 +231,45 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         kept = self._kept_rows([name for name in adapters if self._is_in_prefix(name)], dtype, device)
         if current.route is not None:
             if kept is None:
-                keys, values = zip(*self._compute_rows(adapters, self._prompt_samples(batch_size), dtype))
-                visible = current.route.visible([part.shape[1] for part in keys], batch_size, keys[0].device)
-                gathered = [current.route.gather(rows, batch_size) for rows in (keys, values)]
-                return Prefix(gathered[0], gathered[1], visible)
-            return kept.gather(current.route, [self._is_in_prefix(name) for name in adapters], batch_size)
-        rows = self._compute_rows(adapters, self._prompt_samples(batch_size), dtype) if kept is None else kept.parts()
-        prefix = Prefix(*_side_by_side(rows))
+                return self._computed_for(current.route, batch_size, dtype)
+            has_rows = [self._is_in_prefix(name) for name in adapters]
+            return kept.gather(current.route, has_rows, [self._num_beside(name) for name in adapters], batch_size)
+        if kept is None:
+            rows = self._compute_rows(adapters, self._prompt_samples(batch_size), dtype)
+        else:
+            rows, adapters = kept.parts(), [name for name in adapters if self._is_in_prefix(name)]
+        joint, beside = self._divide(rows, adapters)
+        keys, values = _side_by_side(joint)
+        prefix = Prefix(keys, values, beside=_side_by_side(beside) if beside else None)
         return prefix if current.edit_prefix is None else current.edit_prefix(self, prefix, batch_size)
+
+    def _computed_for(self, route: Route, batch_size: int, dtype: torch.dtype) -> Prefix:
+        """The prefix of a batch that mixes adapters, without rows that are kept."""
+        rows = self._compute_rows(route.adapters, self._prompt_samples(batch_size), dtype)
+        joint, beside = self._divide(rows, route.adapters)
+        lengths = [keys.shape[1] for keys, _ in joint]
+        visible = route.visible(lengths, batch_size, joint[0][0].device)
+        keys, values = route.gather_both(joint, batch_size)
+        return Prefix(keys, values, visible, beside=route.gather_both(beside, batch_size) if beside else None)
+
+    def _divide(
+        self, rows: list[KeysAndValues], adapters: list[str]
+    ) -> tuple[list[KeysAndValues], list[KeysAndValues]]:
+        """The rows of each adapter in the attention's softmax, and those beside it; of the latter none if no adapter
+        has any."""
+        beside = [self._num_beside(name) for name in adapters]
+        if not any(beside):
+            return rows, []
+        joint = [keys.shape[1] - last for (keys, _), last in zip(rows, beside)]
+        return (
+            [(keys[:, :count], values[:, :count]) for (keys, values), count in zip(rows, joint)],
+            [(keys[:, count:], values[:, count:]) for (keys, values), count in zip(rows, joint)],
+        )
+
+    def _num_beside(self, adapter_name: str) -> int:
+        """How many rows of an adapter, the last, are read beside the attention."""
+        config = self.adapter_configs.get(adapter_name)
+        return 0 if config is None or config.kv_prompt_activation is None else config.num_kv_prompts
 
     def _compute_rows(self, adapters: list[str], samples: int, dtype: torch.dtype) -> list[KeysAndValues]:
         """The rows of each adapter in the prefix, keys and values of (samples, number, heads, head size) each."""

@@ -96,6 +96,18 @@ class Route:
         padded = [F.pad(part, (0, 0) * (part.dim() - 2) + (0, longest - part.shape[1])) for part in rows]
         return torch.cat(padded).index_select(0, self._index(batch_size, rows[0].device))
 
+    def gather_both(
+        self, rows: Sequence[tuple[torch.Tensor, torch.Tensor]], batch_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[`gather`] for keys and for values.
+
+        Args:
+            rows (`Sequence[tuple[torch.Tensor, torch.Tensor]]`): For each of `adapters`, its keys and its values.
+            batch_size (`int`): The batch size where they are used.
+        """
+        keys, values = zip(*rows)
+        return self.gather(keys, batch_size), self.gather(values, batch_size)
+
     def visible(self, lengths: Sequence[int], batch_size: int, device: torch.device) -> torch.Tensor | None:
         """Which of the gathered rows are a sample's own, (batch size, largest number of rows); `None` if all are.
 

@@ -196,7 +196,7 @@ def _tokens_inserted(layer: E2VPTLayer, adapter_name: str) -> Iterator[None]:
 
 
 def _without_visual_prompts(count: int, layer: E2VPTLayer, prefix: Prefix, batch_size: int) -> Prefix:
-    return Prefix(prefix.keys[:, count:], prefix.values[:, count:])
+    return prefix._replace(keys=prefix.keys[:, count:], values=prefix.values[:, count:])
 
 
 def _bind(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[inspect.BoundArguments, str]:

@@ -8,7 +8,7 @@ from peft import get_peft_model
 
 from e2vpt_peft import E2VPTConfig, E2VPTLayer
 
-from .support.models import prompt_parameters, tiny_vit
+from .support.models import images, prompt_parameters, tiny_vit
 
 
 def first_layer(model):
@@ -51,3 +51,22 @@ def test_the_same_seed_gives_the_same_prompts_and_another_seed_others():
 
     assert torch.equal(prompts(3), prompts(3))
     assert not torch.allclose(prompts(3), prompts(4))
+
+
+@pytest.mark.parametrize("init_weights", ["kaiming_uniform", "trunc_normal"])
+@torch.no_grad()
+def test_key_value_prompts_beside_the_attention_start_without_an_effect(init_weights):
+    config = E2VPTConfig(
+        num_visual_prompts=0,
+        num_kv_prompts=500,
+        share_kv_prompts=False,
+        kv_prompt_activation="gelu",
+        init_weights=init_weights,
+    )
+    backbone = tiny_vit().eval()
+    expected = backbone(images()).logits
+    model = get_peft_model(backbone, config).eval()
+    torch.testing.assert_close(model(images()).logits, expected)
+    keys, values = first_layer(model).e2vpt_kv_prompts["default"]
+    assert keys.std() == pytest.approx(0.5, rel=0.02)
+    assert not values.any()

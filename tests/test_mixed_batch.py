@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
-from e2vpt_peft import E2VPTConfig
+from e2vpt_peft import E2VPTConfig, keep_prefixes
 from e2vpt_peft.route import Route
 from e2vpt_peft.running_pass import RunningPass, passes_of
 
@@ -31,6 +31,13 @@ DEEP: dict[str, dict[str, Any]] = {
 SHALLOW = {name: {**config, "visual_prompt_depth": "shallow"} for name, config in DEEP.items()}
 BOTH_DEPTHS = {"flowers": DEEP["flowers"], "digits": SHALLOW["digits"], "visual": SHALLOW["visual"], "kv": DEEP["kv"]}
 SAME_COUNTS = {name: {"num_visual_prompts": 4, "num_kv_prompts": 2} for name in DEEP}
+BESIDE = {
+    "flowers": {**DEEP["flowers"], "share_kv_prompts": False, "kv_prompt_activation": "gelu"},
+    "digits": DEEP["digits"],
+    "visual": DEEP["visual"],
+    "kv": {**DEEP["kv"], "share_kv_prompts": False, "kv_prompt_activation": "gelu"},
+}
+ALL_BESIDE = dict.fromkeys(DEEP, BESIDE["kv"])
 SOME_LAYERS = {
     "flowers": {"layers_to_transform": [0]},
     "digits": {"layers_to_transform": [1, 2], "num_visual_prompts": 3},
@@ -43,6 +50,8 @@ MIXES = {
     "shallow": SHALLOW,
     "both depths": BOTH_DEPTHS,
     "same counts": SAME_COUNTS,
+    "beside": BESIDE,
+    "all beside": ALL_BESIDE,
     "some layers": SOME_LAYERS,
     "some layers, shallow": SOME_LAYERS_SHALLOW,
 }
@@ -88,6 +97,13 @@ def together(model: PeftModel, pixel_values: torch.Tensor, names: Sequence[str])
 
 
 def assert_mixed_batch_is_right(model: PeftModel, names: Sequence[str] = NAMES) -> None:
+    """Without prefixes that are kept, and with them."""
+    for kept in (False, True):
+        keep_prefixes(model, kept)
+        _assert_mixed_batch_is_right(model, names)
+
+
+def _assert_mixed_batch_is_right(model: PeftModel, names: Sequence[str]) -> None:
     pixel_values = images(len(names))
     expected = alone(model, pixel_values, names)
     assert (expected[0] - alone(model, pixel_values[:1], ["__base__"])).abs().max() > 1e-2

@@ -47,6 +47,11 @@ def test_it_confirms_every_architecture_of_the_table(name):
     assert check_prefix(adapt(make(name)), inputs(name)) < 1e-5
 
 
+def test_it_confirms_a_prefix_with_key_value_prompts_beside_the_attention():
+    model = adapt(tiny_vit(), share_kv_prompts=False, kv_prompt_activation="gelu")
+    assert check_prefix(model, {"pixel_values": images()}) < 1e-5
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_it_leaves_the_model_as_it_was(training):
     model = get_peft_model(tiny_vit(), E2VPTConfig()).train(training)

@@ -16,7 +16,16 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from .mask import extend_mask
-from .prefix import Attending, PrefixSource, WayIn, attending, is_traced_for_training, prepend
+from .prefix import (
+    Attending,
+    KeysAndValues,
+    PrefixSource,
+    WayIn,
+    attending,
+    is_traced_for_training,
+    prepend,
+    read_beside,
+)
 
 
 class ThroughTorchFunctions(WayIn):
@@ -114,7 +123,8 @@ class SdpaMode(PrefixMode):
             bias=prefix.bias,
         )
         key, value = prepend(prefix.keys, key), prepend(prefix.values, value)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **kwargs)
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **kwargs)
+        return output if prefix.beside is None else output + read_beside(query, prefix.beside, kwargs.get("scale"))
 
 
 # What may happen to attention scores between the first product and the second, by the names of PyTorch's functions.
@@ -143,6 +153,9 @@ class ProductsMode(PrefixMode):
         """Those of the prefix: (batch size, heads, length, prefix length)."""
         self.values: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
+        self.beside: torch.Tensor | None = None
+        """The scores, later activations, of what is read beside the attention, and its values."""
+        self.values_beside: torch.Tensor | None = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -164,13 +177,20 @@ class ProductsMode(PrefixMode):
 
     def _start(self, query: torch.Tensor, key: torch.Tensor, scores: torch.Tensor) -> None:
         prefix = self.source.prefix(query.shape[0], query.dtype, query.device)
-        keys, self.values = (rows.transpose(1, 2).to(query.dtype) for rows in prefix[:2])
-        if self._is_normalized(key):
-            keys = F.normalize(keys, dim=-1)
-        self.own, self.prefixed = scores, query @ keys.transpose(-1, -2)
+        self.own = scores
+        self.prefixed, self.values = self._scores(query, key, (prefix.keys, prefix.values))
+        if prefix.beside is not None:
+            self.beside, self.values_beside = self._scores(query, key, prefix.beside)
         if prefix.visible is not None:
             self.prefixed = self.prefixed.masked_fill(~prefix.visible[:, None, None], float("-inf"))
         self.bias = prefix.bias
+
+    def _scores(self, query: torch.Tensor, key: torch.Tensor, rows: KeysAndValues) -> KeysAndValues:
+        """The scores of more keys, and their values."""
+        keys, values = (part.transpose(1, 2).to(query.dtype) for part in rows)
+        if self._is_normalized(key):
+            keys = F.normalize(keys, dim=-1)
+        return query @ keys.transpose(-1, -2), values
 
     def _follow(self, func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         assert self.prefixed is not None and self.values is not None
@@ -178,17 +198,24 @@ class ProductsMode(PrefixMode):
             count = self.prefixed.shape[-1]
             if self.bias is not None:  # here, behind the scaling of the scores
                 self.prefixed = self.prefixed + self.bias[:, None, None]
+            if self.beside is not None:
+                self.beside = F.gelu(self.beside)
             both = torch.cat([self.prefixed, args[0].view(*self.prefixed.shape[:-1], -1)], -1)
             self.prefixed, self.own = func(both, *args[1:], **kwargs).tensor_split([count], -1)
             return self.own
         result = func(*args, **kwargs)
         if name in SCALING and args[0] is self.own and _is_one_per_row(args[1]):
             self.prefixed = func(self.prefixed, args[1])
+            if self.beside is not None:
+                self.beside = func(self.beside, args[1])
         elif name == "dropout":
             self.prefixed = func(self.prefixed, *args[1:], **kwargs)
         elif name == "matmul" and args[0] is self.own:
             self.attending.is_done = True
-            return result + self.prefixed @ self.values
+            result = result + self.prefixed @ self.values
+            if self.beside is not None and self.values_beside is not None:
+                result = result + self.beside @ self.values_beside
+            return result
         elif name not in ADDING | RESHAPING:
             raise RuntimeError(
                 f"{self.attention} does something to its attention scores by which prompts cannot be followed: {name}."

@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .flex import avoid_faulty_head_size
 from .mask import extend_mask
-from .prefix import PrefixSource, WayIn, attending, prepend
+from .prefix import PrefixSource, WayIn, attending, prepend, read_beside
 
 PREFIX_ATTENTION = "e2vpt_prefix"
 """The name of [`prefix_attention`] in transformers' attention interface."""
@@ -136,16 +136,20 @@ def prefix_attention(
     if kwargs.get("position_bias") is not None:
         kwargs["position_bias"] = F.pad(kwargs["position_bias"], (count, 0))
     key, value = prepend(prefix.keys, key), prepend(prefix.values, value)
+    beside = None if prefix.beside is None else read_beside(query, prefix.beside, kwargs.get("scaling"))
     if implementation == "flex_attention":
         query, key, kwargs["scaling"] = avoid_faulty_head_size(query, key, kwargs.get("scaling"))
     attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, view._eager)
     current = attending(source)
-    if current is None:  # the wrapped attention was called by itself
-        return attend(source, query, key, value, attention_mask, **kwargs)
-    current.is_done = current.hands_over = True
+    if current is not None:  # else the wrapped attention was called by itself
+        current.is_done = current.hands_over = True
     result = attend(source, query, key, value, attention_mask, **kwargs)
-    current.hands_over = False
-    return result
+    if current is not None:
+        current.hands_over = False
+    if beside is None:
+        return result
+    output, *others = result
+    return output + beside.transpose(1, 2), *others
 
 
 def eager_attention_of(forward: Any) -> Callable[..., Any] | None:

@@ -9,7 +9,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
 
 class Prefix(NamedTuple):
@@ -22,12 +25,16 @@ class Prefix(NamedTuple):
             Which rows each sample may see, bool, (batch size, prefix length), or `None` for all.
         bias (`Optional[torch.Tensor]`):
             What is added to the attention scores of each row, (batch size or 1, prefix length), or `None`.
+        beside (`Optional[tuple[torch.Tensor, torch.Tensor]]`):
+            More keys and values, which are in no softmax with the sequence (see [`read_beside`]), or `None`. Rows of
+            zeros have no effect.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     visible: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    beside: KeysAndValues | None = None
 
 
 class PrefixSource(Protocol):
@@ -154,6 +161,25 @@ def forwards_of(module: nn.Module) -> list[Callable[..., Any]]:
     return [forward for forward in forwards if hasattr(forward, "__code__")]
 
 
+def read_beside(query: torch.Tensor, rows: KeysAndValues, scaling: float | torch.Tensor | None) -> torch.Tensor:
+    """What queries read of keys and values beside the attention: `gelu(s q K^T) V`, to be added to its output.
+
+    Args:
+        query (`torch.Tensor`): Of shape (batch size, heads, queries, head size).
+        rows (`tuple[torch.Tensor, torch.Tensor]`):
+            Keys and values, (batch size or 1, number, heads, head size), fewer heads if several queries share one.
+        scaling (`float` or `torch.Tensor`, *optional*): The scale `s` of the attention, 1 / sqrt(head size) if `None`.
+
+    Returns:
+        `torch.Tensor`: Of the shape of the queries.
+    """
+    keys, values = (part.to(query.dtype).transpose(1, 2) for part in rows)
+    if keys.shape[1] != query.shape[1]:
+        keys, values = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (keys, values))
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return F.gelu(query @ keys.transpose(-1, -2) * scaling) @ values
+
+
 def prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """Put the rows of a prefix in front of keys or values.
 
@@ -164,6 +190,8 @@ def prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor`: (batch size, heads, rows + length, head size).
     """
+    if not prefix.shape[1]:
+        return states
     # Joined as (batch, length, heads, head size), the layout in memory of what the projections give, because copying
     # whole rows is much faster than copying head by head.
     prefix = prefix.to(states.dtype).expand(states.shape[0], -1, -1, -1)

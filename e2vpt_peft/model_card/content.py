@@ -115,7 +115,8 @@ class CardContent:
             rows.append(("segments of visual prompts", _kept(masks.segments)))
         if config.num_kv_prompts:
             sharing = "the same for keys and values" if config.share_kv_prompts else "keys and values apart"
-            rows.append(("key-value prompts", f"{config.num_kv_prompts} per head and layer, {sharing}"))
+            beside = ", read by GELU beside the attention" if config.kv_prompt_activation else ""
+            rows.append(("key-value prompts", f"{config.num_kv_prompts} per head and layer, {sharing}{beside}"))
         rows.append(("adapted layers", f"{len(adapter.layers)}"))
         prompts, total = adapter.num_parameters(), count_all_parameters(adapter.model)
         modules = {

@@ -64,7 +64,7 @@ def _rise_of_deep_prompts(probe: Probe, by_layer: bool) -> torch.Tensor:
             rows.detach().expand(batch_size, -1, -1, -1).clone().requires_grad_()
             for rows in (prefix.keys, prefix.values)
         )
-        prefixes[layer] = Prefix(keys, values)
+        prefixes[layer] = prefix._replace(keys=keys, values=values)
         return prefixes[layer]
 
     with probe.running(edit_prefix=record):

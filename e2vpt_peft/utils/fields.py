@@ -51,7 +51,7 @@ def check_type(name: str, value: Any, kind: type, words: str, optional: bool = F
         raise TypeError(f"{name}={value!r} must be {words}{' or None' if optional else ''}.")
 
 
-def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+def check_choice(name: str, value: Any, allowed: Sequence[str | None]) -> None:
     """Refuse what is none of the allowed words."""
     if value not in allowed:
         words = " or ".join(map(repr, allowed)) if len(allowed) == 2 else f"one of {', '.join(map(repr, allowed))}"

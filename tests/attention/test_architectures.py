@@ -70,6 +70,27 @@ def test_a_prefix_equals_inserted_tokens(name, attention):
     assert_close(actual, expected)
 
 
+@all_models
+@torch.no_grad()
+def test_key_value_prompts_beside_the_attention_add_nothing_without_values(name):
+    """What each way in adds for given values, its own tests say."""
+    beside = {"kv_prompt_activation": "gelu", "share_kv_prompts": False}
+    outputs = {}
+    for attention in ("eager", "sdpa"):
+        model = adapt(make(name, attention), **beside)
+        outputs[attention] = tensors(run(model, inputs(name)))
+    assert_close(outputs["eager"], outputs["sdpa"])
+    for layer in adapted_layers(model).values():
+        layer.e2vpt_kv_prompts["default"][1].zero_()
+    without = tensors(run(model, inputs(name)))
+    assert not all(torch.allclose(one, other, atol=1e-3) for one, other in zip(without, outputs["sdpa"]))
+
+    reference = adapt(make(name, "sdpa"), num_kv_prompts=0)
+    for at, layer in adapted_layers(reference).items():
+        layer.e2vpt_visual_prompts["default"].copy_(adapted_layers(model)[at].e2vpt_visual_prompts["default"])
+    assert_close(without, tensors(run(reference, inputs(name))))
+
+
 @pytest.mark.parametrize(("name", "attention"), [("swin", "eager"), ("swin", "sdpa"), ("swinv2", "eager")])
 @torch.no_grad()
 def test_swin_prompts_join_every_window(name, attention):

@@ -68,8 +68,8 @@ class WrittenOut(nn.Module):
         return self.bare.proj((probabilities @ v).transpose(1, 2).flatten(2))
 
 
-def written_out(then, dropout=0.0):
-    model = adapt(Bare(), **CONFIG)
+def written_out(then, dropout=0.0, **config):
+    model = adapt(Bare(), **CONFIG, **config)
     expected = model(torch.ones(2, 5, 8).cumsum(1))
     for layer in adapted_layers(model).values():
         layer.site = replace(layer.site, way_in=ThroughTorchFunctions(ProductsMode, "WrittenOut"))
@@ -85,11 +85,26 @@ def intercepted(layer, attention):
     return forward
 
 
-def test_attention_that_is_written_out_gives_the_same():
+BESIDE = {"kv_prompt_activation": "gelu", "share_kv_prompts": False}
+
+
+@pytest.mark.parametrize("config", [{}, BESIDE], ids=["in the softmax", "beside it"])
+def test_attention_that_is_written_out_gives_the_same(config):
     model, expected = written_out(
-        lambda scores: nn.functional.dropout(scores, 0.0).view(2, 1, 2, 5, 5).view(2, 2, 5, 5)
+        lambda scores: nn.functional.dropout(scores, 0.0).view(2, 1, 2, 5, 5).view(2, 2, 5, 5), **config
     )
     torch.testing.assert_close(model(torch.ones(2, 5, 8).cumsum(1)), expected)
+
+
+@torch.no_grad()
+def test_what_is_read_beside_the_attention_is_added_to_what_each_head_gives():
+    model = adapt(Bare(), **CONFIG, **BESIDE, num_visual_prompts=0)
+    x = torch.randn(2, 5, 8)
+    for layer in adapted_layers(model).values():
+        q, k, v = layer.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        keys, values = layer.e2vpt_kv_prompts["default"]
+        heads = (q @ k.mT / 2).softmax(-1) @ v + nn.functional.gelu(q @ keys.mT / 2) @ values
+        torch.testing.assert_close(layer(x), layer.proj(heads.transpose(1, 2).flatten(2)))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from e2vpt_peft.attention.prefix import prepend
+from e2vpt_peft.attention.prefix import prepend, read_beside
 
 from ..support.flex import skip_where_torch_is_wrong
 from ..support.models import TINY_MODELS, images, tiny_vit
@@ -19,6 +19,9 @@ KINDS = {
     "deep, separate": {"tokens": 4, "kv_prompts": 3, "share": False},
     "visual prompts only": {"tokens": 4, "kv_prompts": 0},
     "key-value prompts only": {"tokens": 0, "kv_prompts": 3},
+    "deep, beside": {"tokens": 4, "kv_prompts": 3, "share": False, "gelu": True},
+    "key-value prompts only, beside": {"tokens": 0, "kv_prompts": 3, "share": False, "gelu": True},
+    "shallow, beside": {"tokens": 4, "kv_prompts": 3, "shallow": True, "share": False, "gelu": True},
     "shallow": {"tokens": 4, "kv_prompts": 3, "shallow": True},
     "shallow, visual prompts only": {"tokens": 4, "kv_prompts": 0, "shallow": True},
 }
@@ -225,3 +228,9 @@ def test_all_that_a_gpu_joins_is_contiguous(samples: int, monkeypatch: pytest.Mo
     states = torch.randn(5, 6, 3 * 4, device="meta").unflatten(-1, (3, 4)).transpose(1, 2)  # as projections give them
     prepend(torch.randn(samples, 2, 3, 4, device="meta"), states)
     assert len(joined) == 2 and all(part.is_contiguous() for part in joined)
+
+
+def test_heads_that_share_keys_read_the_same_rows_beside_the_attention():
+    query, rows = torch.randn(2, 6, 5, 8), (torch.randn(1, 3, 2, 8), torch.randn(1, 3, 2, 8))
+    repeated = tuple(part.repeat_interleave(3, 2) for part in rows)
+    torch.testing.assert_close(read_beside(query, rows, None), read_beside(query, repeated, 8**-0.5))

@@ -76,6 +76,10 @@ class TestWhatACardSays:
             ({"visual_prompt_depth": "shallow"}, ["| visual prompts | 4 before the first layer (shallow) |"]),
             ({"num_visual_prompts": 0}, ["trained are key-value prompts and `classifier`."]),
             ({"num_kv_prompts": 0, "modules_to_save": None}, ["trained are visual prompts."]),
+            (
+                {"share_kv_prompts": False, "kv_prompt_activation": "gelu"},
+                ["2 per head and layer, keys and values apart, read by GELU beside the attention |"],
+            ),
             ({"share_kv_prompts": False}, ["| key-value prompts | 2 per head and layer, keys and values apart |"]),
         ],
         ids=str,

@@ -20,6 +20,7 @@ def with_prompts(model: nn.Module, prompts: Prompts, **config: Any) -> PeftModel
         "num_visual_prompts": 0 if visual is None else visual.shape[1],
         "num_kv_prompts": 0 if keys is None else keys.shape[2],
         "share_kv_prompts": keys is values,
+        "kv_prompt_activation": "gelu" if prompts.gelu else None,
         "visual_prompt_depth": "deep" if visual is None or len(visual) > 1 else "shallow",
     }
     peft_model = get_peft_model(model, E2VPTConfig(**{**counts, "num_segments": 1, **config}))

@@ -19,11 +19,13 @@ class Prompts:
     Attributes:
         visual: (L, tokens, D) if deep, (1, tokens, D) if shallow, or `None`.
         keys, values: (L, H, prompts, d) each, or `None`.
+        gelu: Whether keys and values are in no softmax, but beside it: `gelu(q K^T / sqrt(d)) V` is added.
     """
 
     visual: torch.Tensor | None = None
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
+    gelu: bool = False
 
 
 @dataclass
@@ -81,13 +83,17 @@ def token_insertion(
         visible = torch.ones(batch, k.shape[2], dtype=torch.bool)
         if key_mask is not None:
             visible = torch.cat([key_mask[:, :special], visible[:, :tokens], key_mask[:, special:]], dim=1)
-        if prompts.keys is not None and prompts.values is not None:
+        beside = 0.0
+        if prompts.gelu:
+            scores = torch.einsum("bhnd,hpd->bhnp", q, prompts.keys[index].to(q.dtype)) / q.shape[-1] ** 0.5
+            beside = torch.einsum("bhnp,hpd->bhnd", F.gelu(scores), prompts.values[index].to(q.dtype))
+        elif prompts.keys is not None and prompts.values is not None:
             k = torch.cat([k, prompts.keys[index].to(k.dtype).expand(batch, -1, -1, -1)], dim=2)
             v = torch.cat([v, prompts.values[index].to(v.dtype).expand(batch, -1, -1, -1)], dim=2)
             visible = F.pad(visible, (0, prompts.keys.shape[2]), value=True)
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
         weights = F.softmax(scores.masked_fill(~visible[:, None, None], float("-inf")), dim=-1)
-        y = attention.o_proj((weights @ v).transpose(1, 2).flatten(2))
+        y = attention.o_proj((weights @ v + beside).transpose(1, 2).flatten(2))
         x = x + (layer.layer_scale1(y) if parts.scales else y)
         y = layer.mlp(getattr(layer, parts.norm2)(x))
         x = x + (layer.layer_scale2(y) if parts.scales else y)
@@ -98,7 +104,13 @@ def token_insertion(
 
 
 def random_prompts(
-    model: nn.Module, tokens: int, kv_prompts: int, shallow: bool = False, share: bool = True, seed: int = 0
+    model: nn.Module,
+    tokens: int,
+    kv_prompts: int,
+    shallow: bool = False,
+    share: bool = True,
+    seed: int = 0,
+    gelu: bool = False,
 ) -> Prompts:
     """Prompts of ordinary size, in float64 so that a cast to any type loses no more than that type's rounding."""
     config, generator = model.config, torch.Generator().manual_seed(seed)
@@ -107,4 +119,4 @@ def random_prompts(
     visual = torch.randn(1 if shallow else layers, tokens, config.hidden_size, generator=generator)
     keys = torch.randn(shape, generator=generator)
     values = keys if share else torch.randn(shape, generator=generator)
-    return Prompts(visual if tokens else None, keys if kv_prompts else None, values if kv_prompts else None)
+    return Prompts(visual if tokens else None, keys if kv_prompts else None, values if kv_prompts else None, gelu)

@@ -130,6 +130,8 @@ MORE_PROMPTS: dict[str, Any] = {"num_visual_prompts": 50, "num_kv_prompts": 20, 
 """About five times as many parameters as (10, 5) have."""
 LORA_SIZE: dict[str, Any] = {"num_visual_prompts": 16, "num_kv_prompts": 8, "share_kv_prompts": False}
 """As many parameters as LoRA of rank 8 has."""
+BESIDE: dict[str, Any] = {**LORA_SIZE, "kv_prompt_activation": "gelu"}
+"""The same, and key-value prompts take no attention from the sequence."""
 
 METHODS = (
     Method("linear probe", 3e-2, partial(train_parameters, endings=()), cached=True),
@@ -151,6 +153,7 @@ METHODS = (
     e2vpt("E²VPT, pruned", pruning=Pruning(), same_search="E²VPT"),
     e2vpt("E²VPT, more prompts", learning_rate=3e-3, kv_lr_ratio=1, **MORE_PROMPTS),
     e2vpt("E²VPT, LoRA's size", learning_rate=3e-3, kv_lr_ratio=1, **LORA_SIZE),
+    e2vpt("E²VPT, LoRA's size, GELU", learning_rate=3e-3, kv_lr_ratio=1, **BESIDE),
     Method("E²VPT, more prompts, norms", 3e-3, partial(add_prompts_and_train_norms, **MORE_PROMPTS), kv_lr_ratio=1),
     replace(e2vpt("E²VPT, prompts searched", learning_rate=1e-2), variants=({}, MORE_PROMPTS)),
 )
