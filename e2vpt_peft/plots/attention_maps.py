@@ -146,7 +146,13 @@ class _Maps(NamedTuple):
 @torch.no_grad()
 def _attention_maps(model: nn.Module, inputs: Mapping[str, Any]) -> list[_Maps]:
     adapter = PromptedAdapter.find(model)
-    base = adapter.backbone
+    config, base = adapter.config, adapter.backbone
+    in_softmax = config.num_kv_prompts > 0 and config.kv_prompt_activation is None
+    if not (config.num_visual_prompts or in_softmax):
+        raise ValueError(
+            f"Adapter '{adapter.name}' has only prompts that are read beside the attention "
+            f"(kv_prompt_activation={config.kv_prompt_activation!r}), which pays them nothing: nothing is to be plotted."
+        )
     if not isinstance(base, PreTrainedModel):
         raise ValueError(
             f"{type(base).__name__} is no model of transformers, which could be asked for its attention weights: "
@@ -160,7 +166,7 @@ def _attention_maps(model: nn.Module, inputs: Mapping[str, Any]) -> list[_Maps]:
     finally:
         base.set_attn_implementation(implementation)
     # Where attention is written out, they are returned without the columns of the prefix.
-    has_prefix = not adapter.is_shallow or adapter.config.num_kv_prompts > 0
+    has_prefix = in_softmax or (config.num_visual_prompts > 0 and not adapter.is_shallow)
     if not weights or (has_prefix and all(layer.shape[-1] == layer.shape[-2] for layer in weights)):
         raise ValueError(f"{type(base).__name__} returns no attention weights of prompts: there is nothing to plot.")
     # Layers further on may have more tokens, queries of a mask head for example: they are in front, too.

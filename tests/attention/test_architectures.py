@@ -77,9 +77,12 @@ def test_key_value_prompts_beside_the_attention_add_nothing_without_values(name)
     beside = {"kv_prompt_activation": "gelu", "share_kv_prompts": False}
     outputs = {}
     for attention in ("eager", "sdpa"):
-        model = adapt(make(name, attention), **beside)
+        backbone = make(name, attention)
+        torch.manual_seed(0)
+        model = adapt(backbone, **beside)
         outputs[attention] = tensors(run(model, inputs(name)))
-    assert_close(outputs["eager"], outputs["sdpa"])
+    for eager, sdpa in zip(outputs["eager"], outputs["sdpa"], strict=True):
+        torch.testing.assert_close(eager, sdpa, rtol=1e-4, atol=1e-4)
     for layer in adapted_layers(model).values():
         layer.e2vpt_kv_prompts["default"][1].zero_()
     without = tensors(run(model, inputs(name)))

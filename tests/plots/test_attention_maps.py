@@ -60,6 +60,21 @@ def test_kinds_of_prompts_that_are_not_there_are_not_shown():
     assert len(shares(plot_attention_to_prompts(model(num_kv_prompts=0), INPUTS))) == 2
 
 
+BESIDE = {"share_kv_prompts": False, "kv_prompt_activation": "gelu"}
+
+
+@pytest.mark.parametrize("depth", ["deep", "shallow"])
+def test_key_value_prompts_beside_the_attention_are_not_shown(depth):
+    shown = shares(plot_attention_to_prompts(model(visual_prompt_depth=depth, **BESIDE), INPUTS))
+    assert list(shown) == ["from class token to visual prompts", "from patches to visual prompts"]
+
+
+@pytest.mark.parametrize("plot", [plot_attention_to_prompts, plot_attention_on_image])
+def test_without_prompts_in_the_softmax_there_is_nothing_to_plot(plot):
+    with pytest.raises(ValueError, match=r"kv_prompt_activation='gelu'.*pays them nothing"):
+        plot(model(num_visual_prompts=0, **BESIDE), INPUTS)
+
+
 def test_models_with_two_special_tokens_have_as_many_rows():
     adapted = get_peft_model(tiny_deit(), E2VPTConfig(num_visual_prompts=3, num_kv_prompts=0))
     shown = shares(plot_attention_to_prompts(adapted, INPUTS))
