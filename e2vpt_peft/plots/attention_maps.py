@@ -150,8 +150,8 @@ def _attention_maps(model: nn.Module, inputs: Mapping[str, Any]) -> list[_Maps]:
     in_softmax = config.num_kv_prompts > 0 and config.kv_prompt_activation is None
     if not (config.num_visual_prompts or in_softmax):
         raise ValueError(
-            f"Adapter '{adapter.name}' has only prompts that are read beside the attention "
-            f"(kv_prompt_activation={config.kv_prompt_activation!r}), which pays them nothing: nothing is to be plotted."
+            f"Adapter '{adapter.name}' has kv_prompt_activation={config.kv_prompt_activation!r} and no other prompts: "
+            "the attention, which they are beside, pays them nothing that could be plotted."
         )
     if not isinstance(base, PreTrainedModel):
         raise ValueError(
