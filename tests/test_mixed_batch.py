@@ -116,6 +116,39 @@ def test_each_sample_gets_what_its_adapter_gives_it_alone(mix: str, attention: s
     assert_mixed_batch_is_right(adapted(tiny_vit(attn_implementation=attention), MIXES[mix]))
 
 
+def test_several_active_adapters_are_read_side_by_side() -> None:
+    """In the softmax and beside it, whatever their order."""
+    model = adapted(tiny_vit(), BESIDE, heads=())
+    with torch.no_grad():
+        logits = []
+        for names in (["flowers", "digits", "kv"], ["kv", "digits", "flowers"]):
+            model.base_model.set_adapter(names)
+            logits.append(model(pixel_values=images()).logits)
+            keep_prefixes(model, False)
+            logits.append(model(pixel_values=images()).logits)
+    for other in logits[1:]:
+        torch.testing.assert_close(other, logits[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_first_adapted_block_of_a_stack_counts_the_samples(first: int) -> None:
+    configs = {"flowers": {"layers_to_transform": list(range(first, 3))}, "digits": {"layers_to_transform": [2]}}
+    model = adapted(tiny_vit(), configs)
+    hooked = [bool(block._forward_pre_hooks) for block in model.get_base_model().vit.layers]
+    assert hooked == [index == first for index in range(3)]
+    with pytest.raises(ValueError, match=rf"a batch of 4 arrives at 'vit.layers.{first}'"):
+        together(model, images(4), ["flowers", "digits"])
+
+
+def test_a_stack_whose_first_blocks_are_cut_off_counts_where_it_can() -> None:
+    model = adapted(tiny_vit(), DEEP)
+    vit = model.get_base_model().vit
+    vit.layers = vit.layers[1:]
+    assert_mixed_batch_is_right(model)
+    with pytest.raises(ValueError, match="a batch of 14 arrives at 'vit.layers'"):
+        together(model, images(14), NAMES)
+
+
 @pytest.mark.parametrize("architecture", ["deit", "dinov2"])
 @pytest.mark.parametrize("mix", ["deep", "shallow"])
 def test_other_architectures(architecture: str, mix: str) -> None:

@@ -85,9 +85,13 @@ def test_prompts_are_where_the_config_says(config, layers, visual, kv):
 
 
 @DEPTHS
-@pytest.mark.parametrize("share", [True, False])
-def test_save_and_load_give_the_same_function_whatever_the_seed(tmp_path, depth, share):
-    config = E2VPTConfig(visual_prompt_depth=depth, share_kv_prompts=share, modules_to_save=["classifier"])
+@pytest.mark.parametrize(
+    "kind",
+    [{}, {"share_kv_prompts": False}, {"share_kv_prompts": False, "kv_prompt_activation": "gelu"}],
+    ids=["shared", "separate", "beside"],
+)
+def test_save_and_load_give_the_same_function_whatever_the_seed(tmp_path, depth, kind):
+    config = E2VPTConfig(visual_prompt_depth=depth, modules_to_save=["classifier"], **kind)
     model = get_peft_model(tiny_vit(), config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

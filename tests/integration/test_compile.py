@@ -40,7 +40,8 @@ def adapted(model: Any, **config: Any) -> PeftModel:
 def adapted_thrice(**config: Any) -> PeftModel:
     model = adapted(tiny(), **config)
     model.add_adapter("b", E2VPTConfig(num_visual_prompts=2, modules_to_save=["classifier"]))
-    model.add_adapter("c", E2VPTConfig(num_visual_prompts=0, share_kv_prompts=False))
+    beside = {"share_kv_prompts": False, "kv_prompt_activation": "gelu"}
+    model.add_adapter("c", E2VPTConfig(num_visual_prompts=0, **beside))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "e2vpt_" in name or ".modules_to_save." in name:

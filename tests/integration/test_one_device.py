@@ -72,6 +72,7 @@ PATHS: dict[str, dict[str, Any]] = {
     "deep": {},
     "shallow": {"visual_prompt_depth": "shallow"},
     "separate": {"share_kv_prompts": False, "kv_prompt_dropout": 0.1},
+    "beside": {"share_kv_prompts": False, "kv_prompt_activation": "gelu"},
     "visual only": {"num_kv_prompts": 0},
     "key-value only": {"num_visual_prompts": 0},
 }

@@ -13,12 +13,19 @@ from .common import SEGMENTS, adapted, both_depths, layers_of, scores
 
 
 @both_depths
-def test_rewinding_puts_survivors_and_the_head_back_to_their_initial_values(depth):
+@pytest.mark.parametrize(
+    "kind", [{}, {"share_kv_prompts": False, "kv_prompt_activation": "gelu"}], ids=["in the softmax", "beside it"]
+)
+def test_rewinding_puts_survivors_and_the_head_back_to_their_initial_values(depth, kind):
     torch.manual_seed(1)
     model = get_peft_model(
         tiny_vit(),
         E2VPTConfig(
-            visual_prompt_depth=depth, num_visual_prompts=6, num_segments=SEGMENTS, modules_to_save=["classifier"]
+            visual_prompt_depth=depth,
+            num_visual_prompts=6,
+            num_segments=SEGMENTS,
+            modules_to_save=["classifier"],
+            **kind,
         ),
     ).eval()
     fresh = copy.deepcopy(model)
