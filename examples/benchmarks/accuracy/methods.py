@@ -153,7 +153,7 @@ METHODS = (
     e2vpt("E²VPT, pruned", pruning=Pruning(), same_search="E²VPT"),
     e2vpt("E²VPT, more prompts", learning_rate=3e-3, kv_lr_ratio=1, **MORE_PROMPTS),
     e2vpt("E²VPT, LoRA's size", learning_rate=3e-3, kv_lr_ratio=1, **LORA_SIZE),
-    e2vpt("E²VPT, LoRA's size, GELU", learning_rate=3e-3, kv_lr_ratio=1, **BESIDE),
+    e2vpt("E²VPT, LoRA's size, GELU", learning_rate=1e-2, kv_lr_ratio=1, **BESIDE),
     Method("E²VPT, more prompts, norms", 3e-3, partial(add_prompts_and_train_norms, **MORE_PROMPTS), kv_lr_ratio=1),
     replace(e2vpt("E²VPT, prompts searched", learning_rate=1e-2), variants=({}, MORE_PROMPTS)),
 )
