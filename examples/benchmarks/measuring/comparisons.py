@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -49,7 +50,13 @@ def compare_inference(
 ) -> Iterator[Row]:
     """Inference with an adapter, against the backbone."""
     images, _ = setup.batch(batch_size)
-    models = {BACKBONE: backbone, **pair(backbone, prompts, images), LORA: build_lora(backbone)}
+    beside = replace(prompts, beside=True)
+    models = {
+        BACKBONE: backbone,
+        **pair(backbone, prompts, images),
+        ours(beside): build_e2vpt(backbone, beside),
+        LORA: build_lora(backbone),
+    }
     times = timer({name: inference(model, images) for name, model in models.items()})
     for name in models:
         if name != BACKBONE:
@@ -65,24 +72,27 @@ def compare_training(
     timer: Timer,
     measures: Sequence[str] = (STEP, MEMORY),
 ) -> Iterator[Row]:
-    """Training steps and their memory: E²VPT against a linear probe, token insertion and LoRA."""
+    """Training steps and their memory: E²VPT against a linear probe, token insertion and LoRA, and with its key-value
+    prompts beside the attention against LoRA."""
     images, labels = setup.batch(batch_size)
     e2vpt, inserted = pair(backbone, prompts, images).values()
+    beside = replace(prompts, beside=True)
     models = {
         ours(prompts): e2vpt,
+        ours(beside): build_e2vpt(backbone, beside),
         PROBE: build_linear_probe(backbone),
         INSERTED: inserted,
         LORA: build_lora(backbone),
     }
+    compared = [*((ours(prompts), baseline) for baseline in (PROBE, INSERTED, LORA)), (ours(beside), LORA)]
     steps = {name: TrainingStep(model, images, labels) for name, model in models.items()}
     found = {}
     if STEP in measures:
         found[STEP] = timer(dict(steps))
     if MEMORY in measures:
         found[MEMORY] = {name: [peak_memory(step, models[name], setup.device)] for name, step in steps.items()}
-    subject, *baselines = models
     for measure, values in found.items():
-        for baseline in baselines:
+        for subject, baseline in compared:
             ratio = ratios(values[subject], values[baseline])
             yield Row.of(measure, setup.size.name, batch_size, subject, baseline, ratio)
 

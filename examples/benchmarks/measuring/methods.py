@@ -65,6 +65,8 @@ def e2vpt_config(prompts: Prompts) -> E2VPTConfig:
     return E2VPTConfig(
         num_visual_prompts=prompts.visual,
         num_kv_prompts=prompts.kv,
+        share_kv_prompts=not prompts.beside,
+        kv_prompt_activation="gelu" if prompts.beside else None,
         prompt_dropout=prompts.dropout,
         modules_to_save=HEAD,
     )

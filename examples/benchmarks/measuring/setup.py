@@ -53,11 +53,13 @@ class Setup:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Numbers of prompts in each layer, and the dropout on the visual ones."""
+    """Numbers of prompts in each layer, the dropout on the visual ones, and whether key-value prompts are separate and
+    beside the attention."""
 
     visual: int
     kv: int
     dropout: float = 0.0
+    beside: bool = False
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -65,7 +67,7 @@ class Prompts:
 
     def __str__(self) -> str:
         dropout = f", dropout {self.dropout:g}" if self.dropout else ""
-        return f"({self.visual}, {self.kv}){dropout}"
+        return f"({self.visual}, {self.kv}){', GELU' if self.beside else ''}{dropout}"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
