@@ -388,7 +388,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         config, prompts = self.adapter_configs[adapter_name], self.e2vpt_kv_prompts(adapter_name)
         parts = [prompts] if config.share_kv_prompts else list(prompts.unbind(0))
         parts = [
-            self._drop(part.transpose(0, 1).expand(samples, -1, -1, -1), config.kv_prompt_dropout) for part in parts
+            self._drop(part.transpose(-3, -2).expand(samples, -1, -1, -1), config.kv_prompt_dropout) for part in parts
         ]
         return parts[0], parts[-1]
 

@@ -20,6 +20,9 @@ class PromptConfig(MaskedConfig, Protocol):
     num_kv_prompts: int
     share_kv_prompts: bool
 
+    @property
+    def kv_prompt_activation(self) -> str | None: ...
+
 
 class Sizes(Protocol):
     """The sizes of one self-attention."""
@@ -56,7 +59,9 @@ def prompt_shapes(
     Returns:
         `dict[str, tuple[int, ...]]`:
             Visual prompts are (prompts, hidden size), or flat if a segment is pruned. Key-value prompts are (heads,
-            prompts, head size), with a dimension of 2 in front if keys and values have prompts of their own.
+            prompts, head size), with a dimension of 2 in front if keys and values have prompts of their own, and one
+            of 1 behind that if they have an activation. Where PEFT loads over an adapter it reads no configuration,
+            so that shapes have to tell what a tensor is.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     if config.num_visual_prompts and has_visual_prompts:
@@ -66,7 +71,8 @@ def prompt_shapes(
             flat, dense = (masks.num_parameters(sizes.hidden_size),), (masks.num_tokens, sizes.hidden_size)
             shapes[VISUAL_PROMPTS] = flat if is_flat else dense
     if config.num_kv_prompts:
-        rows = (sizes.num_heads, config.num_kv_prompts, sizes.head_size)
+        rows: tuple[int, ...] = (sizes.num_heads, config.num_kv_prompts, sizes.head_size)
+        rows = (1, *rows) if config.kv_prompt_activation else rows
         shapes[KV_PROMPTS] = rows if config.share_kv_prompts else (2, *rows)
     return shapes
 
@@ -94,6 +100,6 @@ def sizes_in(name: str, shape: Sequence[int]) -> dict[str, int]:
     """
     if name == VISUAL_PROMPTS and len(shape) == 2:
         return {"hidden_size": shape[-1]}
-    if name == KV_PROMPTS and len(shape) in (3, 4):
+    if name == KV_PROMPTS and len(shape) in (3, 4, 5):
         return {"num_heads": shape[-3], "head_size": shape[-1]}
     return {}

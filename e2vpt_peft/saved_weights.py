@@ -23,7 +23,7 @@ FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 FIELDS = {
     VISUAL_PROMPTS: "num_visual_prompts, token_mask, segment_mask",
-    KV_PROMPTS: "num_kv_prompts, share_kv_prompts",
+    KV_PROMPTS: "num_kv_prompts, share_kv_prompts, kv_prompt_activation",
     SEGMENT_MASK: "num_visual_prompts, num_segments, segment_mask",
 }
 """The fields of the configuration that the shapes of prompts follow from."""

@@ -17,7 +17,8 @@ from ..support.models import images, tiny_vit
 DEEP: dict[str, Any] = {}
 SHALLOW = {"visual_prompt_depth": "shallow"}
 SHALLOW_ALONE = {"visual_prompt_depth": "shallow", "num_kv_prompts": 0}
-KINDS = {"deep": DEEP, "shallow": SHALLOW, "shallow without key-value prompts": SHALLOW_ALONE}
+BESIDE = {"share_kv_prompts": False, "kv_prompt_activation": "gelu"}
+KINDS = {"deep": DEEP, "beside": BESIDE, "shallow": SHALLOW, "shallow without key-value prompts": SHALLOW_ALONE}
 
 
 def small_config(**config: Any) -> E2VPTConfig:

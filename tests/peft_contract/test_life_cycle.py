@@ -162,7 +162,7 @@ class TestActivating:
             for layer, joint in zip(layers_of(model), layers_of(both)):
                 for prompts, joined, dim in (
                     (layer.e2vpt_visual_prompts, joint.e2vpt_visual_prompts, 0),
-                    (layer.e2vpt_kv_prompts, joint.e2vpt_kv_prompts, 1),
+                    (layer.e2vpt_kv_prompts, joint.e2vpt_kv_prompts, -2),
                 ):
                     if joined:
                         joined["default"].copy_(torch.cat([prompts["default"], prompts["other"]], dim))

@@ -45,6 +45,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "shallow": {"visual_prompt_depth": "shallow"},
     "pruned": {"token_mask": [True, False], "segment_mask": [[True] * 12 + [False] * 4, [False] * 16]},
     "unshared": {"share_kv_prompts": False},
+    "beside": {"share_kv_prompts": False, "kv_prompt_activation": "gelu"},
     "some layers": {"layers_to_transform": [0, 2]},
     "no head": {"modules_to_save": None},
 }
@@ -200,6 +201,7 @@ LIKELY: dict[str, list[Any]] = {
     "visual_prompt_depth": ["deep", "shallow"],
     "num_kv_prompts": [0, 3, 4, 10_000],
     "share_kv_prompts": [True, False],
+    "kv_prompt_activation": [None, "gelu"],
     "init_weights": [True, False, "trunc_normal"],
     "prompt_dropout": [0.0, 0.5, 1.0],
     "num_segments": [1, 2, 7, 16, 32, 2**70, 5_000_000],

@@ -37,4 +37,5 @@ def set_prompts(model: nn.Module, prompts: Prompts, adapter_name: str = "default
         if adapter_name in layer.e2vpt_kv_prompts:
             keys, values = prompts.keys[index], prompts.values[index]
             shared = prompts.keys is prompts.values
-            layer.e2vpt_kv_prompts[adapter_name].copy_(keys if shared else torch.stack([keys, values]))
+            given, parameter = keys if shared else torch.stack([keys, values]), layer.e2vpt_kv_prompts[adapter_name]
+            parameter.copy_(given.view(parameter.shape))
