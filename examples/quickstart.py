@@ -43,17 +43,14 @@ class QuickstartArguments:
     )
     train_per_class: int = field(default=50, metadata={"help": "Labelled images per class to train on."})
     max_test_images: int = field(default=2000, metadata={"help": "Test on at most so many images."})
-    num_visual_prompts: int = field(default=10, metadata={"help": "Visual prompts in each layer."})
+    num_visual_prompts: int = field(default=4, metadata={"help": "Visual prompts in each layer."})
     num_kv_prompts: int = field(
-        default=40, metadata={"help": "Key-value prompts in each layer, separate ones as keys and as values."}
+        default=16, metadata={"help": "Key-value prompts in each layer, read beside the attention."}
     )
     epochs: int = field(default=30, metadata={"help": "Epochs, for both methods."})
     batch_size: int = field(default=32, metadata={"help": "Training batch size, for both methods."})
     learning_rate: float = field(
-        default=3e-2, metadata={"help": "Peak learning rate of visual prompts and of the head beside them (AdamW)."}
-    )
-    kv_prompt_lr_ratio: float = field(
-        default=10.0, metadata={"help": "How many times learning_rate key-value prompts have."}
+        default=3e-2, metadata={"help": "Peak learning rate of prompts and of the head beside them (AdamW)."}
     )
     probe_learning_rate: float = field(
         default=1e-1, metadata={"help": "Peak learning rate of the linear probe (AdamW)."}
@@ -135,13 +132,12 @@ def e2vpt(args: QuickstartArguments, label: ClassLabel, train: Dataset, test: Da
         num_visual_prompts=args.num_visual_prompts,
         num_kv_prompts=args.num_kv_prompts,
         share_kv_prompts=False,
+        kv_prompt_activation="gelu",
         prompt_dropout=0.0,  # random distortions of the images do that job here
         modules_to_save=[HEAD],
     )
     model = get_peft_model(load_backbone(args.model, label, args.seed), config)
-    optimizer = create_optimizer(
-        model, lr=args.learning_rate, kv_prompt_lr_ratio=args.kv_prompt_lr_ratio, weight_decay=1e-4
-    )
+    optimizer = create_optimizer(model, lr=args.learning_rate, weight_decay=1e-4)
     trainer = make_trainer("E²VPT       ", model, args, train, test, optimizer)
     trainer.train()
     logits, _, metrics = trainer.predict(test)

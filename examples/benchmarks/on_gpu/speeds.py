@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from torch import nn
 
@@ -23,12 +24,13 @@ TRAINED_IMAGES = "images per second in training"
 
 
 def measure_inference(machine: Machine, mode: str, batch_size: int) -> list[Row]:
-    """Against the backbone: E²VPT with few prompts, many, or none kept, inserted tokens, LoRA, and LoRA merged."""
+    """Against the backbone: E²VPT with few prompts, many, beside the attention, or none kept, inserted tokens, LoRA and
+    merged LoRA."""
     images, _ = machine.setup.batch(batch_size)
     models: dict[str, nn.Module] = {BACKBONE: machine.backbone, **pair(machine.backbone, machine.prompts, images)}
     models[LORA] = build_lora(machine.backbone)
     if mode in (EAGER, GRAPH):  # to compile one more takes its time
-        models |= pair(machine.backbone, machine.many_prompts, images)
+        models |= pair(machine.backbone, machine.many_prompts, images) | beside(machine)
         models["LoRA, merged"] = merged_lora(machine)
         anew = models[f"{ours(machine.prompts)}, {NOTHING_KEPT}"] = build_e2vpt(machine.backbone, machine.prompts)
         keep_prefixes(anew, False)
@@ -38,6 +40,12 @@ def measure_inference(machine: Machine, mode: str, batch_size: int) -> list[Row]
         *against(machine, INFERENCE, times, BACKBONE, batch_size, mode),
         *rates(machine, IMAGES, times, batch_size, mode),
     ]
+
+
+def beside(machine: Machine) -> dict[str, nn.Module]:
+    """E²VPT with key-value prompts beside the attention."""
+    prompts = replace(machine.prompts, beside=True)
+    return {ours(prompts): build_e2vpt(machine.backbone, prompts)}
 
 
 def merged_lora(machine: Machine) -> nn.Module:
@@ -55,7 +63,7 @@ def measure_training(machine: Machine, mode: str, batch_size: int) -> list[Row]:
         LORA: build_lora(machine.backbone),
     }
     if mode == EAGER:
-        models |= pair(machine.backbone, machine.many_prompts, images)
+        models |= pair(machine.backbone, machine.many_prompts, images) | beside(machine)
     steps = {
         name: TrainingStep(model, images, labels, compiled(machine, model) if mode == COMPILED else None)
         for name, model in models.items()
