@@ -24,8 +24,8 @@ TRAINED_IMAGES = "images per second in training"
 
 
 def measure_inference(machine: Machine, mode: str, batch_size: int) -> list[Row]:
-    """Against the backbone: E²VPT with few prompts, many, beside the attention, or none kept, inserted tokens, LoRA and
-    merged LoRA."""
+    """Against the backbone: E²VPT with few prompts, many, some beside the attention, or none kept, inserted tokens,
+    LoRA, and LoRA merged."""
     images, _ = machine.setup.batch(batch_size)
     models: dict[str, nn.Module] = {BACKBONE: machine.backbone, **pair(machine.backbone, machine.prompts, images)}
     models[LORA] = build_lora(machine.backbone)
