@@ -177,7 +177,7 @@ def read_beside(query: torch.Tensor, rows: KeysAndValues, scaling: float | torch
     if keys.shape[1] != query.shape[1]:
         keys, values = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (keys, values))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return F.gelu(query @ keys.transpose(-1, -2) * scaling) @ values
+    return F.gelu(query @ (keys * scaling).transpose(-1, -2)) @ values
 
 
 def prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
