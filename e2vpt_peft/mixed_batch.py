@@ -85,7 +85,7 @@ def _are_alike(modules: Sequence[nn.Module]) -> TypeGuard[Sequence[nn.Linear]]:
 
 class SampleCount(WayIn):
     """Counts the samples of a routed batch where they enter the first adapted block of a stack, before they are cut
-    into windows. A hook at each block would take longer than the rest of a prefix.
+    into windows. Not at each block: torch takes a slower way through a module that has hooks.
 
     Args:
         stack ([`BlockStack`]): The stack.
