@@ -228,17 +228,15 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         current, adapters = self.passes.current, self._running_adapters()
         if current.route is not None:
             current.route.count_once(batch_size, self.stack)
-        kept = self._kept_rows([name for name in adapters if self._is_in_prefix(name)], dtype, device)
+        in_prefix = [name for name in adapters if self._is_in_prefix(name)]
+        kept = self._kept_rows(in_prefix, dtype, device)
         if current.route is not None:
             if kept is None:
                 return self._computed_for(current.route, batch_size, dtype)
             has_rows = [self._is_in_prefix(name) for name in adapters]
             return kept.gather(current.route, has_rows, [self._num_beside(name) for name in adapters], batch_size)
-        if kept is None:
-            rows = self._compute_rows(adapters, self._prompt_samples(batch_size), dtype)
-        else:
-            rows, adapters = kept.parts(), [name for name in adapters if self._is_in_prefix(name)]
-        joint, beside = self._divide(rows, adapters)
+        rows = self._compute_rows(in_prefix, self._prompt_samples(batch_size), dtype) if kept is None else kept.parts()
+        joint, beside = self._divide(rows, in_prefix)
         keys, values = _side_by_side(joint)
         prefix = Prefix(keys, values, beside=_side_by_side(beside) if beside else None)
         return prefix if current.edit_prefix is None else current.edit_prefix(self, prefix, batch_size)
