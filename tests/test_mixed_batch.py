@@ -152,7 +152,7 @@ def test_other_architectures(architecture: str, mix: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("mix", ["deep", "both depths", "some layers, shallow"])
+@pytest.mark.parametrize("mix", ["deep", "beside", "both depths", "some layers, shallow"])
 def test_flex_attention(mix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # transformers compiles flex attention, which takes seconds for every shape.
     monkeypatch.setattr(
