@@ -233,7 +233,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         if current.route is not None:
             if kept is None:
                 return self._computed_for(current.route, batch_size, dtype)
-            has_rows = [self._is_in_prefix(name) for name in adapters]
+            has_rows = [name in in_prefix for name in adapters]
             return kept.gather(current.route, has_rows, [self._num_beside(name) for name in adapters], batch_size)
         rows = self._compute_rows(in_prefix, self._prompt_samples(batch_size), dtype) if kept is None else kept.parts()
         joint, beside = self._divide(rows, in_prefix)

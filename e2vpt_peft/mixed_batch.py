@@ -12,6 +12,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from .attention.prefix import WayIn
+from .attention.tokens import stack_name
 from .route import BASE_MODEL, Route
 from .running_pass import Passes
 
@@ -142,12 +143,11 @@ class BlockStack(NamedTuple):
     @classmethod
     def around(cls, model: nn.Module, name: str) -> BlockStack:
         """That of the module `name` of a model."""
-        path = name.split(".")
-        for depth in range(len(path) - 1, 0, -1):
-            stack, block = ".".join(path[:depth]), ".".join(path[: depth + 1])
-            if isinstance(model.get_submodule(stack), nn.ModuleList):
-                return cls(stack, model.get_submodule(stack), block, model.get_submodule(block))
-        return cls(name, model.get_submodule(name), name, model.get_submodule(name))
+        stack, block = stack_name(model, name), name
+        if stack is not None:
+            block = ".".join(name.split(".")[: len(stack.split(".")) + 1])
+        stack = stack or name
+        return cls(stack, model.get_submodule(stack), block, model.get_submodule(block))
 
     def is_first(self, attention: nn.Module, kind: type[nn.Module]) -> bool:
         """Whether no module of a kind comes before an attention."""

@@ -90,7 +90,7 @@ class Attending:
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         _this_thread.attending = self.outer
-        if kind is None and not self.is_done:
+        if kind is None:
             self.check()
 
     def check(self) -> None:

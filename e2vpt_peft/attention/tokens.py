@@ -300,12 +300,24 @@ def find_stack(model: nn.Module, name: str) -> Stack:
     Raises:
         ValueError: It is in no stack.
     """
+    stack = stack_name(model, name)
+    if stack is None:
+        raise ValueError(
+            f"visual_prompt_depth='shallow': '{name}' is in no stack (nn.ModuleList) of layers. Use "
+            "visual_prompt_depth='deep'."
+        )
+    path = stack.split(".")
+    ancestors = tuple(model.get_submodule(".".join(path[:above])) for above in range(len(path)))
+    return Stack(ancestors, path[-1])
+
+
+def stack_name(model: nn.Module, name: str) -> str | None:
+    """The name of the innermost stack of layers that a module is in, or `None`.
+
+    Args:
+        model (`nn.Module`): The model.
+        name (`str`): The name of the module in it.
+    """
     path = name.split(".")
-    for depth in range(len(path) - 1, 0, -1):
-        if isinstance(model.get_submodule(".".join(path[:depth])), nn.ModuleList):
-            ancestors = tuple(model.get_submodule(".".join(path[:above])) for above in range(depth))
-            return Stack(ancestors, path[depth - 1])
-    raise ValueError(
-        f"visual_prompt_depth='shallow': '{name}' is in no stack (nn.ModuleList) of layers. Use "
-        "visual_prompt_depth='deep'."
-    )
+    around = (".".join(path[:depth]) for depth in range(len(path) - 1, 0, -1))
+    return next((outer for outer in around if isinstance(model.get_submodule(outer), nn.ModuleList)), None)
