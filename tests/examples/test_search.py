@@ -278,11 +278,11 @@ def test_two_workers_that_are_killed_find_what_one_process_finds(
     name: str, method: str, plan: Any, task: Any, tiny_backbone: str, data_dir: str, tmp_path: Path
 ) -> None:
     pytest.importorskip(name)  # Ray starts new processes for every search, so it has fewer
-    plan = protocol.Plan(**{**vars(plan), "epochs": 30})
+    plan = protocol.Plan(**{**vars(plan), "epochs": 12})
     out = tmp_path / "killed.jsonl"
     command = [
         sys.executable, "-m", "examples.benchmarks.compare", f"--out={out}", f"--data_dir={data_dir}",
-        "--tasks=noise", f"--model={tiny_backbone}", "--epochs=30", "--batch_size=8", "--seeds=0", "--device=cpu",
+        "--tasks=noise", f"--model={tiny_backbone}", "--epochs=12", "--batch_size=8", "--seeds=0", "--device=cpu",
         f"--engine={name}", "--processes=2", "--checkpoint_seconds=0.1", "--methods", method,
     ]  # fmt: skip
 
