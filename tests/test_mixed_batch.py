@@ -20,7 +20,7 @@ from e2vpt_peft.running_pass import RunningPass, passes_of
 
 from .support.bare import Bare
 from .support.flex import skip_where_torch_is_wrong
-from .support.models import TINY_MODELS, images, tiny_vit
+from .support.models import BESIDE, TINY_MODELS, images, tiny_vit
 
 DEEP: dict[str, dict[str, Any]] = {
     "flowers": {"num_visual_prompts": 6, "num_kv_prompts": 2},
@@ -31,13 +31,13 @@ DEEP: dict[str, dict[str, Any]] = {
 SHALLOW = {name: {**config, "visual_prompt_depth": "shallow"} for name, config in DEEP.items()}
 BOTH_DEPTHS = {"flowers": DEEP["flowers"], "digits": SHALLOW["digits"], "visual": SHALLOW["visual"], "kv": DEEP["kv"]}
 SAME_COUNTS = {name: {"num_visual_prompts": 4, "num_kv_prompts": 2} for name in DEEP}
-BESIDE = {
-    "flowers": {**DEEP["flowers"], "share_kv_prompts": False, "kv_prompt_activation": "gelu"},
+SOME_BESIDE = {
+    "flowers": {**DEEP["flowers"], **BESIDE},
     "digits": DEEP["digits"],
     "visual": DEEP["visual"],
-    "kv": {**DEEP["kv"], "share_kv_prompts": False, "kv_prompt_activation": "gelu"},
+    "kv": {**DEEP["kv"], **BESIDE},
 }
-ALL_BESIDE = dict.fromkeys(DEEP, BESIDE["kv"])
+ALL_BESIDE = dict.fromkeys(DEEP, SOME_BESIDE["kv"])
 SOME_LAYERS = {
     "flowers": {"layers_to_transform": [0]},
     "digits": {"layers_to_transform": [1, 2], "num_visual_prompts": 3},
@@ -50,7 +50,7 @@ MIXES = {
     "shallow": SHALLOW,
     "both depths": BOTH_DEPTHS,
     "same counts": SAME_COUNTS,
-    "beside": BESIDE,
+    "beside": SOME_BESIDE,
     "all beside": ALL_BESIDE,
     "some layers": SOME_LAYERS,
     "some layers, shallow": SOME_LAYERS_SHALLOW,
@@ -114,7 +114,7 @@ def test_each_sample_gets_what_its_adapter_gives_it_alone(mix: str, attention: s
 
 def test_several_active_adapters_are_read_side_by_side() -> None:
     """In the softmax and beside it, whatever their order."""
-    model = adapted(tiny_vit(), BESIDE, heads=())
+    model = adapted(tiny_vit(), SOME_BESIDE, heads=())
     with torch.no_grad():
         logits = []
         for names in (["flowers", "digits", "kv"], ["kv", "digits", "flowers"]):

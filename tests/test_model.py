@@ -10,7 +10,7 @@ from transformers import ViTConfig, ViTModel
 
 from e2vpt_peft import E2VPTConfig, E2VPTLayer
 
-from .support.models import TINY_MODELS, images, prompt_parameters, tiny_vit
+from .support.models import BESIDE, TINY_MODELS, images, prompt_parameters, tiny_vit
 
 DEPTHS = pytest.mark.parametrize("depth", ["deep", "shallow"])
 
@@ -87,7 +87,7 @@ def test_prompts_are_where_the_config_says(config, layers, visual, kv):
 @DEPTHS
 @pytest.mark.parametrize(
     "kind",
-    [{}, {"share_kv_prompts": False}, {"share_kv_prompts": False, "kv_prompt_activation": "gelu"}],
+    [{}, {"share_kv_prompts": False}, BESIDE],
     ids=["shared", "separate", "beside"],
 )
 def test_save_and_load_give_the_same_function_whatever_the_seed(tmp_path, depth, kind):

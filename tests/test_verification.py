@@ -17,7 +17,7 @@ from e2vpt_peft.attention import site
 from .peft_contract.common import assert_unchanged, snapshot
 from .support.adapted import adapt, inputs, make
 from .support.bare import Bare
-from .support.models import images, tiny_vit
+from .support.models import BESIDE, images, tiny_vit
 from .support.zoo import HEADS, ZOO
 
 
@@ -48,7 +48,7 @@ def test_it_confirms_every_architecture_of_the_table(name):
 
 
 def test_it_confirms_a_prefix_with_key_value_prompts_beside_the_attention():
-    model = adapt(tiny_vit(), share_kv_prompts=False, kv_prompt_activation="gelu")
+    model = adapt(tiny_vit(), **BESIDE)
     assert check_prefix(model, {"pixel_values": images()}) < 1e-5
 
 

@@ -14,6 +14,9 @@ from torch import nn
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
+FEW_ROWS = 16
+"""With fewer, inference on a CPU computes the scores of [`read_beside`] the other way round."""
+
 
 class Prefix(NamedTuple):
     """Extra keys and values for one self-attention.
@@ -176,8 +179,11 @@ def read_beside(query: torch.Tensor, rows: KeysAndValues, scaling: float | torch
     keys, values = (part.to(query.dtype).transpose(1, 2) for part in rows)
     if keys.shape[1] != query.shape[1]:
         keys, values = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (keys, values))
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return F.gelu(query @ (keys * scaling).transpose(-1, -2)) @ values
+    keys = keys * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if query.is_cpu and keys.shape[2] < FEW_ROWS and not torch.is_grad_enabled():
+        # A CPU is slow to multiply by a matrix that has few columns: here they are rows.
+        return F.gelu(keys @ query.transpose(-1, -2)).transpose(-1, -2) @ values
+    return F.gelu(query @ keys.transpose(-1, -2)) @ values
 
 
 def prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:

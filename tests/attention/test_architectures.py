@@ -13,7 +13,7 @@ from e2vpt_peft.attention.architectures import ARCHITECTURES
 
 from ..support.adapted import PROMPTS, adapt, adapted_layers, assert_close, inputs, make, run, tensors
 from ..support.insertion import inserted
-from ..support.models import prompt_parameters
+from ..support.models import BESIDE, prompt_parameters
 from ..support.zoo import HEADS, ZOO
 
 NO_TOKENS = {name for name, architecture in ARCHITECTURES.items() if not architecture.takes_tokens}
@@ -74,12 +74,11 @@ def test_a_prefix_equals_inserted_tokens(name, attention):
 @torch.no_grad()
 def test_key_value_prompts_beside_the_attention_add_nothing_without_values(name):
     """What each way in adds for given values, its own tests say."""
-    beside = {"kv_prompt_activation": "gelu", "share_kv_prompts": False}
     outputs = {}
     for attention in ("eager", "sdpa"):
         backbone = make(name, attention)
         torch.manual_seed(0)
-        model = adapt(backbone, **beside)
+        model = adapt(backbone, **BESIDE)
         outputs[attention] = tensors(run(model, inputs(name)))
     for eager, sdpa in zip(outputs["eager"], outputs["sdpa"], strict=True):
         torch.testing.assert_close(eager, sdpa, rtol=1e-4, atol=1e-4)

@@ -12,7 +12,7 @@ from e2vpt_peft.running_pass import passes_of
 
 from ..support.adapted import adapt, adapted_layers, inputs, make
 from ..support.bare import Bare
-from ..support.models import prompt_parameters
+from ..support.models import BESIDE, prompt_parameters
 
 CONFIG = {"target_modules": ["attn"], "num_segments": 1, "attention_norm": "ln_1"}
 
@@ -83,9 +83,6 @@ def intercepted(layer, attention):
             return attention(x)
 
     return forward
-
-
-BESIDE = {"kv_prompt_activation": "gelu", "share_kv_prompts": False}
 
 
 @pytest.mark.parametrize("config", [{}, BESIDE], ids=["in the softmax", "beside it"])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from e2vpt_peft.attention.prefix import prepend, read_beside
+from e2vpt_peft.attention.prefix import FEW_ROWS, prepend, read_beside
 
 from ..support.flex import skip_where_torch_is_wrong
 from ..support.models import TINY_MODELS, images, tiny_vit
@@ -234,3 +234,15 @@ def test_heads_that_share_keys_read_the_same_rows_beside_the_attention():
     query, rows = torch.randn(2, 6, 5, 8), (torch.randn(1, 3, 2, 8), torch.randn(1, 3, 2, 8))
     repeated = tuple(part.repeat_interleave(3, 2) for part in rows)
     torch.testing.assert_close(read_beside(query, rows, None), read_beside(query, repeated, 8**-0.5))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("number", [1, FEW_ROWS - 1, FEW_ROWS])
+@torch.no_grad()
+def test_inference_reads_the_same_beside_the_attention_as_training(number: int, batch_size: int) -> None:
+    query, (keys, values) = torch.randn(2, 6, 5, 8), torch.randn(2, batch_size, number, 6, 8)
+    scores = 0.3 * torch.einsum("bhqd,bnhd->bhqn", query, keys)
+    expected = torch.einsum("bhqn,bnhd->bhqd", torch.nn.functional.gelu(scores), values)
+    torch.testing.assert_close(read_beside(query, (keys, values), 0.3), expected)
+    with torch.enable_grad():
+        torch.testing.assert_close(read_beside(query, (keys, values), 0.3), expected)

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from e2vpt_peft import E2VPTConfig, score_prompts
 from e2vpt_peft.running_pass import RunningPass, passes_of
 
-from ..support.models import TINY_MODELS, images, prompt_parameters
+from ..support.models import BESIDE, TINY_MODELS, images, prompt_parameters
 
 BATCH_SIZES = (2, 3, 5, 1)
 NAMES = ["a", "__base__", "b", "c"]
@@ -40,8 +40,7 @@ def adapted(model: Any, **config: Any) -> PeftModel:
 def adapted_thrice(**config: Any) -> PeftModel:
     model = adapted(tiny(), **config)
     model.add_adapter("b", E2VPTConfig(num_visual_prompts=2, modules_to_save=["classifier"]))
-    beside = {"share_kv_prompts": False, "kv_prompt_activation": "gelu"}
-    model.add_adapter("c", E2VPTConfig(num_visual_prompts=0, **beside))
+    model.add_adapter("c", E2VPTConfig(num_visual_prompts=0, **BESIDE))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "e2vpt_" in name or ".modules_to_save." in name:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from e2vpt_peft import E2VPTConfig, PromptScores, keep_prefixes, prune_prompts, rewind_prompts
 
-from ..support.models import images, tiny_vit
+from ..support.models import BESIDE, images, tiny_vit
 from ..support.zoo import ZOO
 from ..test_mixed_batch import MIXES, adapted
 
@@ -72,7 +72,7 @@ PATHS: dict[str, dict[str, Any]] = {
     "deep": {},
     "shallow": {"visual_prompt_depth": "shallow"},
     "separate": {"share_kv_prompts": False, "kv_prompt_dropout": 0.1},
-    "beside": {"share_kv_prompts": False, "kv_prompt_activation": "gelu"},
+    "beside": BESIDE,
     "visual only": {"num_kv_prompts": 0},
     "key-value only": {"num_visual_prompts": 0},
 }

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageClassification
 
 from e2vpt_peft import E2VPTConfig, prune_prompts
 
-from ..support.models import tiny_vit
+from ..support.models import BESIDE, tiny_vit
 from .common import adapted, card, metadata
 
 
@@ -77,7 +77,7 @@ class TestWhatACardSays:
             ({"num_visual_prompts": 0}, ["trained are key-value prompts and `classifier`."]),
             ({"num_kv_prompts": 0, "modules_to_save": None}, ["trained are visual prompts."]),
             (
-                {"share_kv_prompts": False, "kv_prompt_activation": "gelu"},
+                BESIDE,
                 ["2 per head and layer, keys and values apart, read by GELU beside the attention |"],
             ),
             ({"share_kv_prompts": False}, ["| key-value prompts | 2 per head and layer, keys and values apart |"]),

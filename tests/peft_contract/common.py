@@ -12,12 +12,11 @@ from torch import nn
 
 from e2vpt_peft import E2VPTConfig, E2VPTLayer
 
-from ..support.models import images, tiny_vit
+from ..support.models import BESIDE, images, tiny_vit
 
 DEEP: dict[str, Any] = {}
 SHALLOW = {"visual_prompt_depth": "shallow"}
 SHALLOW_ALONE = {"visual_prompt_depth": "shallow", "num_kv_prompts": 0}
-BESIDE = {"share_kv_prompts": False, "kv_prompt_activation": "gelu"}
 KINDS = {"deep": DEEP, "beside": BESIDE, "shallow": SHALLOW, "shallow without key-value prompts": SHALLOW_ALONE}
 
 

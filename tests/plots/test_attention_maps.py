@@ -8,7 +8,7 @@ from e2vpt_peft import E2VPTConfig, prune_prompts
 
 from ..support.adapted import adapt, inputs, make
 from ..support.bare import Bare
-from ..support.models import images, tiny_deit, tiny_vit
+from ..support.models import BESIDE, images, tiny_deit, tiny_vit
 
 pytest.importorskip("matplotlib")
 from e2vpt_peft.plots import plot_attention_on_image, plot_attention_to_prompts
@@ -58,9 +58,6 @@ def test_pruned_prompts_are_not_counted():
 
 def test_kinds_of_prompts_that_are_not_there_are_not_shown():
     assert len(shares(plot_attention_to_prompts(model(num_kv_prompts=0), INPUTS))) == 2
-
-
-BESIDE = {"share_kv_prompts": False, "kv_prompt_activation": "gelu"}
 
 
 @pytest.mark.parametrize("depth", ["deep", "shallow"])

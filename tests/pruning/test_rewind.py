@@ -8,14 +8,12 @@ from peft import PeftModel, get_peft_model
 
 from e2vpt_peft import E2VPTConfig, prune_prompts, rewind_prompts
 
-from ..support.models import images, prompt_parameters, tiny_vit
+from ..support.models import BESIDE, images, prompt_parameters, tiny_vit
 from .common import SEGMENTS, adapted, both_depths, layers_of, scores
 
 
 @both_depths
-@pytest.mark.parametrize(
-    "kind", [{}, {"share_kv_prompts": False, "kv_prompt_activation": "gelu"}], ids=["in the softmax", "beside it"]
-)
+@pytest.mark.parametrize("kind", [{}, BESIDE], ids=["in the softmax", "beside it"])
 def test_rewinding_puts_survivors_and_the_head_back_to_their_initial_values(depth, kind):
     torch.manual_seed(1)
     model = get_peft_model(

@@ -34,7 +34,7 @@ from transformers.utils import logging
 from e2vpt_peft import E2VPTConfig
 
 from ..peft_contract.common import adapted, differences, layers_of, logits, snapshot
-from ..support.models import tiny_vit
+from ..support.models import BESIDE, tiny_vit
 
 WEIGHTS, PICKLE, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 SCRATCH = "/dev/shm" if Path("/dev/shm").is_dir() else None
@@ -45,7 +45,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "shallow": {"visual_prompt_depth": "shallow"},
     "pruned": {"token_mask": [True, False], "segment_mask": [[True] * 12 + [False] * 4, [False] * 16]},
     "unshared": {"share_kv_prompts": False},
-    "beside": {"share_kv_prompts": False, "kv_prompt_activation": "gelu"},
+    "beside": BESIDE,
     "some layers": {"layers_to_transform": [0, 2]},
     "no head": {"modules_to_save": None},
 }

@@ -21,18 +21,12 @@ from torch import nn
 from e2vpt_peft import E2VPTConfig, E2VPTLayer, keep_prefixes, prune_prompts, rewind_prompts
 from e2vpt_peft.pruning import PromptScores
 
-from ..support.models import images, tiny_vit
+from ..support.models import BESIDE, images, tiny_vit
 
 NAMES = ["first", "second", "third"]
 CONFIGS: dict[str, dict[str, Any]] = {
     "first": {"num_visual_prompts": 4, "num_kv_prompts": 2, "num_segments": 4},
-    "second": {
-        "num_visual_prompts": 4,
-        "num_kv_prompts": 2,
-        "share_kv_prompts": False,
-        "kv_prompt_activation": "gelu",
-        "num_segments": 4,
-    },
+    "second": {"num_visual_prompts": 4, "num_kv_prompts": 2, "num_segments": 4, **BESIDE},
     "third": {"num_visual_prompts": 3, "num_kv_prompts": 0, "layers_to_transform": [0, 2]},
 }
 

@@ -24,6 +24,8 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_labels": 5,
 }
+BESIDE: dict[str, Any] = {"share_kv_prompts": False, "kv_prompt_activation": "gelu"}
+"""Key-value prompts beside the attention."""
 
 
 def randomized(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
