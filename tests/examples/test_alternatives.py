@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from examples.benchmarks.alternatives import compare_joining, concatenated, joined, main, share_dropout
+from examples.benchmarks.alternatives import (
+    compare_joining,
+    compare_reading,
+    concatenated,
+    joined,
+    main,
+    share_dropout,
+)
 
 
 def test_the_ways_to_join_two_attentions_agree() -> None:
@@ -11,13 +18,19 @@ def test_the_ways_to_join_two_attentions_agree() -> None:
     assert len(compare_joining(2, 5, rounds=1, length=9, heads=2)) == 3
 
 
+def test_both_ways_to_read_beside_the_attention_agree() -> None:
+    """Which the comparison checks itself."""
+    assert compare_reading(2, 5, rounds=1, length=9, heads=2) > 0
+
+
 def test_the_parts_of_dropout_are_those_of_a_whole() -> None:
     assert sum(share_dropout(4, rounds=1, batch_size=2, hidden_size=16)) == pytest.approx(1)
 
 
-def test_both_tables_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--rounds", "1", "--batch-sizes", "1", "--rows", "3"])
-    assert capsys.readouterr().out.count("| 1 | 3 |") == 1
+def test_all_tables_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--rounds", "1", "--batch-sizes", "1", "--rows", "3", "--rows-beside", "5"])
+    printed = capsys.readouterr().out
+    assert [printed.count(start) for start in ("| 1 | 3 |", "| 1 | 5 |", "| 50 |")] == [1, 1, 1]
 
 
 def test_the_kernel_gives_the_log_sum_exp_no_gradient() -> None:
