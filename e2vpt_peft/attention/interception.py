@@ -21,6 +21,7 @@ from .prefix import (
     KeysAndValues,
     PrefixSource,
     WayIn,
+    add_beside,
     attending,
     is_traced_for_training,
     prepend,
@@ -124,7 +125,9 @@ class SdpaMode(PrefixMode):
         )
         key, value = prepend(prefix.keys, key), prepend(prefix.values, value)
         output = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **kwargs)
-        return output if prefix.beside is None else output + read_beside(query, prefix.beside, kwargs.get("scale"))
+        if prefix.beside is None:
+            return output
+        return add_beside(output, read_beside(query, prefix.beside, kwargs.get("scale")))
 
 
 # What may happen to attention scores between the first product and the second, by the names of PyTorch's functions.
@@ -214,7 +217,7 @@ class ProductsMode(PrefixMode):
             self.attending.is_done = True
             result = result + self.prefixed @ self.values
             if self.beside is not None and self.values_beside is not None:
-                result = result + self.beside @ self.values_beside
+                result = add_beside(result, self.beside @ self.values_beside)
             return result
         elif name not in ADDING | RESHAPING:
             raise RuntimeError(

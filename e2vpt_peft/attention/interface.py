@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .flex import avoid_faulty_head_size
 from .mask import extend_mask
-from .prefix import PrefixSource, WayIn, attending, prepend, read_beside
+from .prefix import PrefixSource, WayIn, add_beside, attending, prepend, read_beside
 
 PREFIX_ATTENTION = "e2vpt_prefix"
 """The name of [`prefix_attention`] in transformers' attention interface."""
@@ -149,7 +149,7 @@ def prefix_attention(
     if beside is None:
         return result
     output, *others = result
-    return output + beside.transpose(1, 2), *others
+    return add_beside(output, beside.transpose(1, 2)), *others
 
 
 def eager_attention_of(forward: Any) -> Callable[..., Any] | None:

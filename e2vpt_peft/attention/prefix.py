@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._C import _are_functorch_transforms_active
+from torch.compiler import is_compiling
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
@@ -184,6 +186,23 @@ def read_beside(query: torch.Tensor, rows: KeysAndValues, scaling: float | torch
         # A CPU is slow to multiply by a matrix that has few columns: here they are rows.
         return F.gelu(keys @ query.transpose(-1, -2)).transpose(-1, -2) @ values
     return F.gelu(query @ keys.transpose(-1, -2)) @ values
+
+
+def add_beside(output: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+    """Add what was read beside an attention to what the attention gives, which is changed where nothing needs it.
+
+    Args:
+        output (`torch.Tensor`): What the attention gives.
+        read (`torch.Tensor`): Of the same shape.
+
+    Returns:
+        `torch.Tensor`: The sum.
+    """
+    # In inference, memory for another tensor of this size takes as long as all of the reading. A compiler sees to that
+    # itself, and under functorch one of the two may stand for many tensors, the other for one.
+    if torch.is_grad_enabled() or is_compiling() or _are_functorch_transforms_active():
+        return output + read
+    return output.add_(read)
 
 
 def prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:

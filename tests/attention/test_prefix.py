@@ -6,11 +6,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.func import functional_call
 
-from e2vpt_peft.attention.prefix import FEW_ROWS, prepend, read_beside
+from e2vpt_peft.attention.prefix import FEW_ROWS, add_beside, prepend, read_beside
 
+from ..support.adapted import adapt
 from ..support.flex import skip_where_torch_is_wrong
-from ..support.models import TINY_MODELS, images, tiny_vit
+from ..support.models import BESIDE, TINY_MODELS, images, prompt_parameters, tiny_vit
 from ..support.prompted import with_prompts
 from ..support.reference import random_prompts, token_insertion
 
@@ -246,3 +248,28 @@ def test_inference_reads_the_same_beside_the_attention_as_training(number: int, 
     torch.testing.assert_close(read_beside(query, (keys, values), 0.3), expected)
     with torch.enable_grad():
         torch.testing.assert_close(read_beside(query, (keys, values), 0.3), expected)
+
+
+@torch.no_grad()
+def test_what_is_read_beside_is_added_in_place_but_where_a_gradient_needs_both() -> None:
+    output, read = torch.randn(2, 3), torch.randn(2, 3)
+    expected = output + read
+    with torch.enable_grad():
+        both = add_beside(output, read)
+    assert torch.equal(both, expected) and both is not output
+    assert add_beside(output, read) is output and torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_many_values_of_prompts_beside_the_attention_run_as_one_by_vmap(attention: str) -> None:
+    model = adapt(tiny_vit(attn_implementation=attention), num_visual_prompts=0, **BESIDE)
+    prompts, pixels = prompt_parameters(model), images()
+
+    def run(values: dict[str, torch.Tensor]) -> torch.Tensor:
+        logits: torch.Tensor = functional_call(model, values, (), {"pixel_values": pixels}).logits
+        return logits
+
+    many = {name: torch.stack([torch.randn_like(value) for _ in range(3)]) for name, value in prompts.items()}
+    one_by_one = [run({name: values[index] for name, values in many.items()}) for index in range(3)]
+    torch.testing.assert_close(torch.vmap(run)(many), torch.stack(one_by_one))
