@@ -33,7 +33,8 @@ from .accuracy.ablations import ABLATIONS
 from .accuracy.checkpoints import Checkpoints
 from .accuracy.engines import ENGINES, Workers, set_up, start
 from .accuracy.methods import Method, choose
-from .accuracy.protocol import RECIPES, Bench, Engine, Plan, split_work
+from .accuracy.protocol import Bench, Engine, split_work
+from .accuracy.recipes import RECIPES, Plan
 from .accuracy.records import Record, Store, key
 from .accuracy.steps import PRECISIONS
 from .accuracy.tasks import SUITES, Task, select, suite

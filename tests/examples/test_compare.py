@@ -19,7 +19,18 @@ from PIL import Image as PILImage
 from scipy import ndimage
 
 from examples.benchmarks import compare, report
-from examples.benchmarks.accuracy import ablations, drawing, methods, protocol, records, tables, tasks, training
+from examples.benchmarks.accuracy import (
+    ablations,
+    drawing,
+    methods,
+    protocol,
+    recipes,
+    records,
+    tables,
+    tasks,
+    training,
+    trials,
+)
 from examples.benchmarks.accuracy import images as data
 from examples.benchmarks.accuracy.shares import shares_of_prefix
 
@@ -53,7 +64,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def plan(tiny_backbone: str, data_dir: Path) -> Any:
-    return protocol.Plan(tiny_backbone, str(data_dir), "quick", 1, 8, (0, 1), "cpu")
+    return recipes.Plan(tiny_backbone, str(data_dir), "quick", 1, 8, (0, 1), "cpu")
 
 
 @pytest.fixture
@@ -258,7 +269,7 @@ def test_training_repeats_and_changes_trainable_parameters_alone(plan: Any, colo
 def test_key_value_prompts_have_the_rate_of_the_method(ratio: Any, plan: Any, colours: Any, tmp_path: Path) -> None:
     bench = protocol.Bench(colours, plan, records.Store(tmp_path / "out.jsonl"))
     method = methods.e2vpt(kv_lr_ratio=ratio)
-    trial = protocol.Trial(method, "validation", 0.5, 0.1, 0, None, 1)
+    trial = trials.Trial(method, "validation", 0.5, 0.1, 0, None, 1)
     model = bench.build(method, seed=0)
     optimizer = training.make_optimizer(model, bench.optimisation(trial), torch.device("cpu"))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -369,12 +380,12 @@ def test_best_learning_rate_and_rates_are_chosen_by_validation(plan: Any, colour
 
 def test_every_method_has_the_same_number_of_trials() -> None:
     for recipe, number in (("quick", 5), ("modern", 6), ("paper", 40)):
-        assert {len(protocol.RECIPES[recipe].trials(method, 64)) for method in methods.METHODS} == {number}
-    assert protocol.RECIPES["paper"].trials(methods.METHODS[0], 64)[0][1:] == (0.0125, 0.01)
+        assert {len(recipes.RECIPES[recipe].trials(method, 64)) for method in methods.METHODS} == {number}
+    assert recipes.RECIPES["paper"].trials(methods.METHODS[0], 64)[0][1:] == (0.0125, 0.01)
 
 
 def modern(plan: Any, **changes: Any) -> Any:
-    return protocol.Plan(**{**vars(plan), "recipe": "modern", "epochs": 8, **changes})
+    return recipes.Plan(**{**vars(plan), "recipe": "modern", "epochs": 8, **changes})
 
 
 def judged_by(table: dict[tuple[float, int], float], seen: list[Any]) -> Any:
@@ -431,7 +442,7 @@ def test_nothing_is_trained_to_choose_one_of_one(
 
 def test_variants_are_searched_in_as_many_trials(plan: Any, colours: Any, tmp_path: Path) -> None:
     (method,) = methods.choose(methods.METHODS, ["E²VPT, prompts searched"])
-    trials = protocol.RECIPES["modern"].trials(method, 8)
+    trials = recipes.RECIPES["modern"].trials(method, 8)
     assert [variant.variant for variant, *_ in trials] == [{}, methods.MORE_PROMPTS] * 3
     store = records.Store(tmp_path / "out.jsonl")
     bench = protocol.Bench(colours, modern(plan, epochs=1, factors=(1.0, 3.0)), store)
@@ -449,7 +460,7 @@ def test_variants_are_searched_in_as_many_trials(plan: Any, colours: Any, tmp_pa
 def test_the_modern_recipe_normalises_as_in_pretraining(plan: Any) -> None:
     task = tasks.paper_task("cifar100")
     for recipe, mean in (("quick", 0.485), ("modern", 0.5)):
-        preprocessing = protocol.Trainings(task, protocol.Plan(**{**vars(plan), "recipe": recipe})).preprocessing
+        preprocessing = trials.Trainings(task, recipes.Plan(**{**vars(plan), "recipe": recipe})).preprocessing
         assert float(preprocessing.mean[0, 0]) == pytest.approx(mean)
 
 
@@ -486,10 +497,10 @@ def test_a_method_that_is_not_there_is_named() -> None:
 def test_accuracy_is_of_what_is_judged_and_training_accuracy_of_what_was_trained_on(
     part: str, trained_on: str, plan: Any, colours: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench = protocol.Trainings(colours, plan)
-    monkeypatch.setattr(protocol, "accuracy", lambda model, images, *rest: images)
+    bench = trials.Trainings(colours, plan)
+    monkeypatch.setattr(trials, "accuracy", lambda model, images, *rest: images)
     (method,) = methods.choose(methods.METHODS, ["E²VPT"])
-    trial = protocol.Trial(method, part, 0.01, 0.0, 0, None, 1)
+    trial = trials.Trial(method, part, 0.01, 0.0, 0, None, 1)
     record = bench.measure(method, part, bench.optimisation(trial), None)
     assert record["accuracy"] is getattr(bench.splits, part)
     fit = getattr(bench.splits, trained_on) if part == "test" else None
@@ -556,7 +567,7 @@ def test_attention_paid_to_prompts_is_averaged_over_tasks_and_seeds() -> None:
 def test_with_queries_of_zero_prompts_are_paid_by_their_number(
     prompts: tuple[int, int], plan: Any, colours: Any
 ) -> None:
-    bench = protocol.Trainings(colours, plan)
+    bench = trials.Trainings(colours, plan)
     model = bench.build(methods.e2vpt(num_visual_prompts=prompts[0], num_kv_prompts=prompts[1]), seed=0)
     for name, parameter in model.named_parameters():
         if ".q_proj." in name:

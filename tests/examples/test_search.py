@@ -19,7 +19,17 @@ from PIL import Image as PILImage
 from torch import nn
 
 from examples.benchmarks import compare, report
-from examples.benchmarks.accuracy import checkpoints, engines, methods, protocol, records, tasks, training
+from examples.benchmarks.accuracy import (
+    checkpoints,
+    engines,
+    methods,
+    protocol,
+    recipes,
+    records,
+    tasks,
+    training,
+    trials,
+)
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 9
@@ -49,7 +59,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def plan(tiny_backbone: str, data_dir: str) -> Any:
-    return protocol.Plan(tiny_backbone, data_dir, "quick", EPOCHS, 8, (0,), "cpu")
+    return recipes.Plan(tiny_backbone, data_dir, "quick", EPOCHS, 8, (0,), "cpu")
 
 
 @pytest.fixture
@@ -75,8 +85,8 @@ class Killed(Exception):
 def final_weights(monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, torch.Tensor]]:
     """The weights of the model that was evaluated last."""
     models: list[nn.Module] = []
-    evaluate = protocol.accuracy
-    monkeypatch.setattr(protocol, "accuracy", lambda model, *rest: models.append(model) or evaluate(model, *rest))
+    evaluate = trials.accuracy
+    monkeypatch.setattr(trials, "accuracy", lambda model, *rest: models.append(model) or evaluate(model, *rest))
     return lambda: {name: value.clone() for name, value in models[-1].state_dict().items()}
 
 
@@ -90,7 +100,7 @@ def test_training_goes_on_where_it_was_killed(
     if rates is None and epochs_before > EPOCHS:
         pytest.skip("without pruning there is no second training")
     how = training.Optimisation(optimizer, 1e-2, 1e-4, EPOCHS, 8, seed=0)
-    whole = protocol.Trainings(task, plan).measure(PRUNED, "validation", how, rates)
+    whole = trials.Trainings(task, plan).measure(PRUNED, "validation", how, rates)
     expected = final_weights()
 
     done: list[int] = []
@@ -105,8 +115,8 @@ def test_training_goes_on_where_it_was_killed(
     monkeypatch.setattr(checkpoints.Progress, "after", killed_after)
     folder = checkpoints.Checkpoints(tmp_path / "unfinished", 0.0)
     with pytest.raises(Killed):
-        protocol.Trainings(task, plan, folder, shared=True).measure(PRUNED, "validation", how, rates)
-    resumed = protocol.Trainings(task, plan, folder, shared=True).measure(PRUNED, "validation", how, rates)
+        trials.Trainings(task, plan, folder, shared=True).measure(PRUNED, "validation", how, rates)
+    resumed = trials.Trainings(task, plan, folder, shared=True).measure(PRUNED, "validation", how, rates)
     assert len(done) == EPOCHS * (1 if rates is None else 2), "no epoch is trained twice"
     assert {**resumed, "seconds": 0} == {**whole, "seconds": 0}
     found = final_weights()
@@ -118,9 +128,9 @@ def test_trainings_that_prune_share_what_comes_before(
 ) -> None:
     epochs: list[int] = []
     scored: list[int] = []
-    after, score = checkpoints.Progress.after, protocol.score_prompts
+    after, score = checkpoints.Progress.after, trials.score_prompts
     monkeypatch.setattr(checkpoints.Progress, "after", lambda *args: epochs.append(args[1]) or after(*args))
-    monkeypatch.setattr(protocol, "score_prompts", lambda *args, **opts: scored.append(1) or score(*args, **opts))
+    monkeypatch.setattr(trials, "score_prompts", lambda *args, **opts: scored.append(1) or score(*args, **opts))
     out = tmp_path / "out.jsonl"
     compare.run_cell(task, [methods.e2vpt(), PRUNED_AFTER], plan, out, 1, checkpoint_seconds=60.0)
     searched = [r for r in records.read(out) if r["settings"]["part"] == "validation"]
@@ -131,7 +141,7 @@ def test_trainings_that_prune_share_what_comes_before(
     assert len(scored) == 1 + pruned
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
 
-    apart = protocol.Trainings(task, plan)
+    apart = trials.Trainings(task, plan)
     for record in records.read(out):
         settings = record["settings"]
         method = PRUNED_AFTER if settings["rates"] else methods.e2vpt()
@@ -169,7 +179,7 @@ def test_a_state_is_replaced_as_a_whole_and_runs_no_code(tmp_path: Path, monkeyp
 def test_rungs_are_the_grace_epochs_tripled(plan: Any) -> None:
     assert plan.rungs == []
     many = {**vars(plan), "epochs": 100}
-    assert [protocol.Plan(**many | {"grace_epochs": grace}).rungs for grace in (10, 1, 99)] == [
+    assert [recipes.Plan(**many | {"grace_epochs": grace}).rungs for grace in (10, 1, 99)] == [
         [10, 30, 90], [1, 3, 9, 27, 81], [99]
     ]  # fmt: skip
 
@@ -197,7 +207,7 @@ class Halves:
 
 
 def test_stopped_trainings_are_no_results(plan: Any, task: Any, tmp_path: Path) -> None:
-    early = protocol.Plan(**{**vars(plan), "grace_epochs": 2})
+    early = recipes.Plan(**{**vars(plan), "grace_epochs": 2})
     store = records.Store(tmp_path / "out.jsonl")
     unfinished = checkpoints.Checkpoints(tmp_path / "unfinished", 0.0)
     engine = Halves()
@@ -235,7 +245,7 @@ def test_two_workers_stop_poor_trainings_early(name: str, plan: Any, task: Any, 
     pytest.importorskip(name)
     alone = records.Store(tmp_path / "alone.jsonl")
     protocol.Bench(task, plan, alone).search(methods.e2vpt())
-    early = protocol.Plan(**{**vars(plan), "grace_epochs": 1})
+    early = recipes.Plan(**{**vars(plan), "grace_epochs": 1})
     store = records.Store(tmp_path / "early.jsonl")
     unfinished = checkpoints.Checkpoints(tmp_path / "unfinished", 60.0)
     with engines.start(name, engines.Workers(2, 1, None, 0.0)) as engine:
@@ -278,7 +288,7 @@ def test_two_workers_that_are_killed_find_what_one_process_finds(
     name: str, method: str, plan: Any, task: Any, tiny_backbone: str, data_dir: str, tmp_path: Path
 ) -> None:
     pytest.importorskip(name)  # Ray starts new processes for every search, so it has fewer
-    plan = protocol.Plan(**{**vars(plan), "epochs": 12})
+    plan = recipes.Plan(**{**vars(plan), "epochs": 12})
     out = tmp_path / "killed.jsonl"
     command = [
         sys.executable, "-m", "examples.benchmarks.compare", f"--out={out}", f"--data_dir={data_dir}",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from examples.benchmarks.accuracy import methods, protocol, records, steps, training
+from examples.benchmarks.accuracy import methods, protocol, recipes, records, steps, training
 from examples.benchmarks.accuracy.tasks import Task
 
 METHODS = [methods.e2vpt(prompt_dropout=0.0), methods.choose(methods.METHODS, ["LoRA"])[0]]
@@ -26,7 +26,7 @@ def test_replayed_steps_train_as_eager_ones_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     task = Task(data.name, "natural", "dataset", data.name)
-    plan = protocol.Plan(tiny_backbone, str(data.parent), "quick", 6, 5, (0,), "cuda", precision=precision)
+    plan = recipes.Plan(tiny_backbone, str(data.parent), "quick", 6, 5, (0,), "cuda", precision=precision)
     bench = protocol.Bench(task, plan, records.Store(tmp_path / "out.jsonl"))
     how = training.Optimisation("adamw", 1e-2, 0.0, 6, 5, 0, precision)
 

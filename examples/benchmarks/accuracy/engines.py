@@ -25,10 +25,12 @@ import torch
 from transformers.utils import logging
 
 from .checkpoints import Checkpoints
-from .protocol import REDUCTION, Engine, Job, Plan, Trainings
+from .protocol import Engine
+from .recipes import REDUCTION, Plan
 from .records import Record
 from .steps import set_precision
 from .tasks import Task
+from .trials import Job, Trainings
 
 KILLS = 3
 """So many times a training goes on after its process was killed."""

@@ -38,7 +38,7 @@ class Method:
 
     Attributes:
         name (`str`): Its name in results and tables.
-        learning_rate (`float`): The middle of the learning rates that are tried, see [`protocol.Recipe`].
+        learning_rate (`float`): The middle of the learning rates that are tried, see [`recipes.Recipe`].
         adapt (`Callable`): Makes what is to be trained trainable, and nothing else.
         pruning ([`Pruning`], *optional*): Prune the trained prompts and train again.
         same_search (`str`, *optional*): The method that differs in pruning alone, whose learning rate serves here.
