@@ -1,6 +1,6 @@
-"""A search on two processes: `torchrun --nproc_per_node 2 -m tests.trainer.distributed FOLDER SEED LAST_EVENT`.
+"""A search on several processes: `torchrun --nproc_per_node 2 -m tests.trainer.distributed FOLDER`.
 
-It is started or resumed, and its processes are killed at an event.
+The first time, one search runs to its end and another one is killed. The second time, that one is resumed.
 """
 
 from __future__ import annotations
@@ -33,11 +33,20 @@ def search(folder: str, seed: int, processes: int, events: Events, **options: An
     )
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder, seed, last = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+def run(folder: Path, seed: int, last: float) -> None:
+    """Start or resume a search, whose processes are killed at an event."""
     trainer = search(str(folder), seed, 2, Events(last, lambda: os.kill(os.getpid(), signal.SIGKILL)))
     assert trainer.args.world_size == 2
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model(str(folder / "result"))
     save_file(taken(trainer.model), folder / f"rank{os.environ['RANK']}.safetensors")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    target = Path(sys.argv[1])
+    if (target / "killed").exists():
+        run(target / "killed", 7, float("inf"))
+    else:
+        run(target / "two", 0, float("inf"))
+        run(target / "killed", 0, 18)  # in the second epoch of the first candidate
