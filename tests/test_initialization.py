@@ -8,7 +8,7 @@ from peft import get_peft_model
 
 from e2vpt_peft import E2VPTConfig, E2VPTLayer
 
-from .support.models import images, prompt_parameters, tiny_vit
+from .support.models import BESIDE, images, prompt_parameters, tiny_vit
 
 
 def first_layer(model):
@@ -59,9 +59,8 @@ def test_key_value_prompts_beside_the_attention_start_without_an_effect(init_wei
     config = E2VPTConfig(
         num_visual_prompts=0,
         num_kv_prompts=500,
-        share_kv_prompts=False,
-        kv_prompt_activation="gelu",
         init_weights=init_weights,
+        **BESIDE,
     )
     backbone = tiny_vit().eval()
     expected = backbone(images()).logits

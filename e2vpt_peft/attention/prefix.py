@@ -198,8 +198,8 @@ def add_beside(output: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor`: The sum.
     """
-    # In inference, memory for another tensor of this size takes as long as all of the reading. A compiler sees to that
-    # itself, and under functorch one of the two may stand for many tensors, the other for one.
+    # Inference is spared the memory for another tensor of this size. A compiler sees to that itself, and under
+    # functorch one of the two may stand for many tensors, the other for one.
     if torch.is_grad_enabled() or is_compiling() or _are_functorch_transforms_active():
         return output + read
     return output.add_(read)
