@@ -72,7 +72,7 @@ class KeptRows(NamedTuple):
             route ([`Route`]): The adapter of each sample.
             has_rows (`Sequence[bool]`): For each adapter of the route, whether it is one of these.
             beside (`Sequence[int]`): For each adapter of the route, how many of its rows, the last, are for
-                [`~e2vpt_peft.attention.prefix.read_beside`].
+                [`~e2vpt_peft.attention.beside.add_beside`].
             batch_size (`int`): The batch size in the attention.
         """
         places = iter((one.start, one.length) for one in self.kept)

@@ -15,17 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from .beside import add_beside
 from .mask import extend_mask
 from .prefix import (
     Attending,
     KeysAndValues,
     PrefixSource,
     WayIn,
-    add_beside,
     attending,
     is_traced_for_training,
     prepend,
-    read_beside,
 )
 
 
@@ -127,7 +126,7 @@ class SdpaMode(PrefixMode):
         output = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **kwargs)
         if prefix.beside is None:
             return output
-        return add_beside(output, read_beside(query, prefix.beside, kwargs.get("scale")))
+        return add_beside(output, query, prefix.beside, kwargs.get("scale"))
 
 
 # What may happen to attention scores between the first product and the second, by the names of PyTorch's functions.
@@ -217,7 +216,7 @@ class ProductsMode(PrefixMode):
             self.attending.is_done = True
             result = result + self.prefixed @ self.values
             if self.beside is not None and self.values_beside is not None:
-                result = add_beside(result, self.beside @ self.values_beside)
+                result = result + self.beside @ self.values_beside
             return result
         elif name not in ADDING | RESHAPING:
             raise RuntimeError(

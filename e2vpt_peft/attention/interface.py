@@ -29,9 +29,10 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .beside import add_beside
 from .flex import avoid_faulty_head_size
 from .mask import extend_mask
-from .prefix import PrefixSource, WayIn, add_beside, attending, prepend, read_beside
+from .prefix import PrefixSource, WayIn, attending, prepend
 
 PREFIX_ATTENTION = "e2vpt_prefix"
 """The name of [`prefix_attention`] in transformers' attention interface."""
@@ -136,9 +137,9 @@ def prefix_attention(
     if kwargs.get("position_bias") is not None:
         kwargs["position_bias"] = F.pad(kwargs["position_bias"], (count, 0))
     key, value = prepend(prefix.keys, key), prepend(prefix.values, value)
-    beside = None if prefix.beside is None else read_beside(query, prefix.beside, kwargs.get("scaling"))
+    unpadded, scaling = query, kwargs.get("scaling")
     if implementation == "flex_attention":
-        query, key, kwargs["scaling"] = avoid_faulty_head_size(query, key, kwargs.get("scaling"))
+        query, key, kwargs["scaling"] = avoid_faulty_head_size(query, key, scaling)
     attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, view._eager)
     current = attending(source)
     if current is not None:  # else the wrapped attention was called by itself
@@ -146,10 +147,10 @@ def prefix_attention(
     result = attend(source, query, key, value, attention_mask, **kwargs)
     if current is not None:
         current.hands_over = False
-    if beside is None:
+    if prefix.beside is None:
         return result
     output, *others = result
-    return add_beside(output, beside.transpose(1, 2)), *others
+    return add_beside(output.transpose(1, 2), unpadded, prefix.beside, scaling).transpose(1, 2), *others
 
 
 def eager_attention_of(forward: Any) -> Callable[..., Any] | None:

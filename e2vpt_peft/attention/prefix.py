@@ -9,15 +9,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch._C import _are_functorch_transforms_active
-from torch.compiler import is_compiling
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
-
-FEW_ROWS = 16
-"""With fewer, inference on a CPU computes the scores of [`read_beside`] the other way round."""
 
 
 class Prefix(NamedTuple):
@@ -31,8 +25,8 @@ class Prefix(NamedTuple):
         bias (`Optional[torch.Tensor]`):
             What is added to the attention scores of each row, (batch size or 1, prefix length), or `None`.
         beside (`Optional[tuple[torch.Tensor, torch.Tensor]]`):
-            More keys and values, which are in no softmax with the sequence (see [`read_beside`]), or `None`. Rows of
-            zeros have no effect.
+            More keys and values, which are in no softmax with the sequence
+            ([`~e2vpt_peft.attention.beside.add_beside`]), or `None`. Rows of zeros have no effect.
     """
 
     keys: torch.Tensor
@@ -164,45 +158,6 @@ def forwards_of(module: nn.Module) -> list[Callable[..., Any]]:
     """The functions that a module may run: the `forward` that somebody gave this one instance, then its class's."""
     forwards = [inspect.unwrap(forward) for forward in (vars(module).get("forward"), type(module).forward) if forward]
     return [forward for forward in forwards if hasattr(forward, "__code__")]
-
-
-def read_beside(query: torch.Tensor, rows: KeysAndValues, scaling: float | torch.Tensor | None) -> torch.Tensor:
-    """What queries read of keys and values beside the attention: `gelu(s q K^T) V`, to be added to its output.
-
-    Args:
-        query (`torch.Tensor`): Of shape (batch size, heads, queries, head size).
-        rows (`tuple[torch.Tensor, torch.Tensor]`):
-            Keys and values, (batch size or 1, number, heads, head size), fewer heads if several queries share one.
-        scaling (`float` or `torch.Tensor`, *optional*): The scale `s` of the attention, 1 / sqrt(head size) if `None`.
-
-    Returns:
-        `torch.Tensor`: Of the shape of the queries.
-    """
-    keys, values = (part.to(query.dtype).transpose(1, 2) for part in rows)
-    if keys.shape[1] != query.shape[1]:
-        keys, values = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (keys, values))
-    keys = keys * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if query.is_cpu and keys.shape[2] < FEW_ROWS and not torch.is_grad_enabled():
-        # A CPU is slow to multiply by a matrix that has few columns: here they are rows.
-        return F.gelu(keys @ query.transpose(-1, -2)).transpose(-1, -2) @ values
-    return F.gelu(query @ keys.transpose(-1, -2)) @ values
-
-
-def add_beside(output: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
-    """Add what was read beside an attention to what the attention gives, which is changed where nothing needs it.
-
-    Args:
-        output (`torch.Tensor`): What the attention gives.
-        read (`torch.Tensor`): Of the same shape.
-
-    Returns:
-        `torch.Tensor`: The sum.
-    """
-    # Inference is spared the memory for another tensor of this size. A compiler sees to that itself, and under
-    # functorch one of the two may stand for many tensors, the other for one.
-    if torch.is_grad_enabled() or is_compiling() or _are_functorch_transforms_active():
-        return output + read
-    return output.add_(read)
 
 
 def prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:

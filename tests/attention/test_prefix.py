@@ -6,13 +6,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.func import functional_call
 
-from e2vpt_peft.attention.prefix import FEW_ROWS, add_beside, prepend, read_beside
+from e2vpt_peft.attention.prefix import prepend
 
-from ..support.adapted import adapt
 from ..support.flex import skip_where_torch_is_wrong
-from ..support.models import BESIDE, TINY_MODELS, images, prompt_parameters, tiny_vit
+from ..support.models import TINY_MODELS, images, tiny_vit
 from ..support.prompted import with_prompts
 from ..support.reference import random_prompts, token_insertion
 
@@ -230,46 +228,3 @@ def test_all_that_a_gpu_joins_is_contiguous(samples: int, monkeypatch: pytest.Mo
     states = torch.randn(5, 6, 3 * 4, device="meta").unflatten(-1, (3, 4)).transpose(1, 2)  # as projections give them
     prepend(torch.randn(samples, 2, 3, 4, device="meta"), states)
     assert len(joined) == 2 and all(part.is_contiguous() for part in joined)
-
-
-def test_heads_that_share_keys_read_the_same_rows_beside_the_attention():
-    query, rows = torch.randn(2, 6, 5, 8), (torch.randn(1, 3, 2, 8), torch.randn(1, 3, 2, 8))
-    repeated = tuple(part.repeat_interleave(3, 2) for part in rows)
-    torch.testing.assert_close(read_beside(query, rows, None), read_beside(query, repeated, 8**-0.5))
-
-
-@pytest.mark.parametrize("batch_size", [1, 2])
-@pytest.mark.parametrize("number", [1, FEW_ROWS - 1, FEW_ROWS])
-@torch.no_grad()
-def test_inference_reads_the_same_beside_the_attention_as_training(number: int, batch_size: int) -> None:
-    query, (keys, values) = torch.randn(2, 6, 5, 8), torch.randn(2, batch_size, number, 6, 8)
-    scores = 0.3 * torch.einsum("bhqd,bnhd->bhqn", query, keys)
-    expected = torch.einsum("bhqn,bnhd->bhqd", torch.nn.functional.gelu(scores), values)
-    torch.testing.assert_close(read_beside(query, (keys, values), 0.3), expected)
-    with torch.enable_grad():
-        torch.testing.assert_close(read_beside(query, (keys, values), 0.3), expected)
-
-
-@torch.no_grad()
-def test_what_is_read_beside_is_added_in_place_but_where_a_gradient_needs_both() -> None:
-    output, read = torch.randn(2, 3), torch.randn(2, 3)
-    expected = output + read
-    with torch.enable_grad():
-        both = add_beside(output, read)
-    assert torch.equal(both, expected) and both is not output
-    assert add_beside(output, read) is output and torch.equal(output, expected)
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@torch.no_grad()
-def test_many_values_of_prompts_beside_the_attention_run_as_one_by_vmap(attention: str) -> None:
-    model = adapt(tiny_vit(attn_implementation=attention), num_visual_prompts=0, **BESIDE)
-    prompts, pixels = prompt_parameters(model), images()
-
-    def run(values: dict[str, torch.Tensor]) -> torch.Tensor:
-        logits: torch.Tensor = functional_call(model, values, (), {"pixel_values": pixels}).logits
-        return logits
-
-    many = {name: torch.stack([torch.randn_like(value) for _ in range(3)]) for name, value in prompts.items()}
-    one_by_one = [run({name: values[index] for name, values in many.items()}) for index in range(3)]
-    torch.testing.assert_close(torch.vmap(run)(many), torch.stack(one_by_one))
