@@ -235,7 +235,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
                 return self._computed_for(current.route, batch_size, dtype)
             has_rows = [name in in_prefix for name in adapters]
             return kept.gather(current.route, has_rows, [self._num_beside(name) for name in adapters], batch_size)
-        rows = self._compute_rows(in_prefix, self._prompt_samples(batch_size), dtype) if kept is None else kept.parts()
+        rows = self._compute_rows(in_prefix, batch_size, dtype) if kept is None else kept.parts()
         joint, beside = self._divide(rows, in_prefix)
         keys, values = _side_by_side(joint)
         prefix = Prefix(keys, values, beside=_side_by_side(beside) if beside else None)
@@ -243,7 +243,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
 
     def _computed_for(self, route: Route, batch_size: int, dtype: torch.dtype) -> Prefix:
         """The prefix of a batch that mixes adapters, without rows that are kept."""
-        rows = self._compute_rows(route.adapters, self._prompt_samples(batch_size), dtype)
+        rows = self._compute_rows(route.adapters, batch_size, dtype)
         joint, beside = self._divide(rows, route.adapters)
         lengths = [keys.shape[1] for keys, _ in joint]
         visible = route.visible(lengths, batch_size, joint[0][0].device)
@@ -269,11 +269,16 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         config = self.adapter_configs.get(adapter_name)
         return 0 if config is None or config.kv_prompt_activation is None else config.num_kv_prompts
 
-    def _compute_rows(self, adapters: list[str], samples: int, dtype: torch.dtype) -> list[KeysAndValues]:
-        """The rows of each adapter in the prefix, keys and values of (samples, number, heads, head size) each."""
-        deep = {name: self._visual_prompts(name, samples) for name in adapters if self._has_deep_prompts(name)}
-        projected = self._project(deep, dtype)
-        kv_prompts = {name: self._kv_prompts(name, samples) for name in adapters if name in self.e2vpt_kv_prompts}
+    def _compute_rows(self, adapters: list[str], batch_size: int, dtype: torch.dtype) -> list[KeysAndValues]:
+        """The rows of each adapter in the prefix, keys and values of (batch size or 1, number, heads, head size)
+        each."""
+        with_deep = [name for name in adapters if self._has_deep_prompts(name)]
+        with_kv = [name for name in adapters if name in self.e2vpt_kv_prompts]
+        dropout = [self.adapter_configs[name].prompt_dropout for name in with_deep]
+        dropout += [self.adapter_configs[name].kv_prompt_dropout for name in with_kv]
+        samples = self._samples(batch_size, dropout)
+        projected = self._project({name: self._visual_prompts(name, samples) for name in with_deep}, dtype)
+        kv_prompts = {name: self._kv_prompts(name, samples) for name in with_kv}
         parts = [[kind[name] for kind in (projected, kv_prompts) if name in kind] for name in adapters]
         no_rows = next(rows[0][0] for rows in parts if rows)[:, :0]
         joined = []
@@ -320,9 +325,10 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
 
     def inserted_tokens(self, batch_size: int) -> torch.Tensor:
         """Shallow visual prompts of the running forward pass, (batch size or 1, number, hidden size)."""
-        samples = self._prompt_samples(batch_size)
         adapters = self._running_adapters()
-        prompts = {name: self._visual_prompts(name, samples) for name in adapters if self._is_inserted(name)}
+        inserted = [name for name in adapters if self._is_inserted(name)]
+        samples = self._samples(batch_size, [self.adapter_configs[name].prompt_dropout for name in inserted])
+        prompts = {name: self._visual_prompts(name, samples) for name in inserted}
         route = self.passes.current.route
         if route is None:
             return torch.cat(list(prompts.values()), 1)
@@ -362,11 +368,9 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
     def _is_in_prefix(self, adapter_name: str) -> bool:
         return adapter_name in self.e2vpt_kv_prompts or self._has_deep_prompts(adapter_name)
 
-    def _prompt_samples(self, batch_size: int) -> int:
-        """The batch dimension of the prompts: 1 unless dropout makes them differ from sample to sample."""
-        configs = [self.adapter_configs[name] for name in self._running_adapters() if name in self.adapter_configs]
-        drops = any(config.prompt_dropout or config.kv_prompt_dropout for config in configs)
-        return batch_size if self.training and drops else 1
+    def _samples(self, batch_size: int, dropout: list[float]) -> int:
+        """The batch dimension of prompts: 1 unless dropout makes them differ from sample to sample."""
+        return batch_size if self.training and any(dropout) else 1
 
     def _num_kept(self, adapter_name: str) -> int:
         """The number of visual prompts that are not pruned."""

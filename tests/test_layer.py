@@ -77,10 +77,15 @@ def test_dropout_of_a_shared_prompt_hits_its_key_and_its_value_alike():
     assert (prefix.keys == 0).any()
 
 
-def test_without_dropout_a_prefix_has_no_batch_dimension():
-    layer = first_layer(get_peft_model(tiny_vit(), E2VPTConfig(prompt_dropout=0.0)))
+@pytest.mark.parametrize(
+    ("config", "number"),
+    [({"prompt_dropout": 0.0}, 15), ({"num_visual_prompts": 0}, 5), ({"visual_prompt_depth": "shallow"}, 5)],
+    ids=["none", "of no visual prompts", "of shallow prompts, which are not in it"],
+)
+def test_without_dropout_a_prefix_has_no_batch_dimension(config, number):
+    layer = first_layer(get_peft_model(tiny_vit(), E2VPTConfig(**config)))
     layer.train()
-    assert layer.prefix(64, torch.float32, torch.device("cpu")).keys.shape == (1, 15, 4, 8)
+    assert layer.prefix(64, torch.float32, torch.device("cpu")).keys.shape == (1, number, 4, 8)
 
 
 def test_a_new_layer_takes_over_the_mode_of_its_attention():

@@ -23,18 +23,19 @@ def test_tables_have_every_comparison(tmp_path: Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
 
     expected = {("operations of an inference", name, base, 2) for name in ("backbone", "LoRA") for base in BASELINES}
-    for prompts in ("(3, 2)", "(5, 1)"):
+    for prompts in ("(3, 2)", "(5, 1)", "(0, 16), GELU"):
         for name in (f"E²VPT {prompts}", f"E²VPT {prompts}, no prefix kept", f"E²VPT {prompts}, two adapters"):
             expected |= {("operations of an inference", name, baseline, 2) for baseline in BASELINES}
+    for prompts in ("(3, 2)", "(5, 1)"):
         for batch in (1, 3):
-            for name in (f"E²VPT {prompts}", f"E²VPT {prompts}, GELU", f"inserted tokens {prompts}", "LoRA"):
+            for name in (f"E²VPT {prompts}", "E²VPT (0, 16), GELU", f"inserted tokens {prompts}", "LoRA"):
                 expected.add(("inference time", name, "backbone", batch))
         for dropout in ("", ", dropout 0.1"):
             for measure in ("training step time", "peak memory of a training step"):
                 for baseline in ("linear probe", "inserted tokens", "LoRA"):
                     expected.add((measure, f"E²VPT {prompts}{dropout}", baseline, 2))
-                expected.add((measure, f"E²VPT {prompts}, GELU{dropout}", "LoRA", 2))
-    for method in ("E²VPT (3, 2)", "LoRA"):
+                expected.add((measure, "E²VPT (0, 16), GELU", "LoRA", 2))
+    for method in ("E²VPT (3, 2)", "E²VPT (0, 16), GELU", "LoRA"):
         expected.add(("throughput of a mixed batch", f"{method}, 3 adapters", "one adapter", 5))
     assert {(row.measure, row.subject, row.baseline, row.batch_size) for row in rows} == expected
     assert all(0 < row.low <= row.value <= row.high and math.isfinite(row.high) for row in rows)

@@ -132,6 +132,8 @@ LORA_SIZE: dict[str, Any] = {"num_visual_prompts": 16, "num_kv_prompts": 8, "sha
 """As many parameters as LoRA of rank 8 has."""
 BESIDE: dict[str, Any] = {**LORA_SIZE, "kv_prompt_activation": "gelu"}
 """The same, and key-value prompts take no attention from the sequence."""
+ALL_BESIDE: dict[str, Any] = {**BESIDE, "num_visual_prompts": 0, "num_kv_prompts": 16}
+"""As many parameters, all of key-value prompts beside the attention."""
 
 METHODS = (
     Method("linear probe", 3e-2, partial(train_parameters, endings=()), cached=True),
@@ -154,6 +156,7 @@ METHODS = (
     e2vpt("E²VPT, more prompts", learning_rate=3e-3, kv_lr_ratio=1, **MORE_PROMPTS),
     e2vpt("E²VPT, LoRA's size", learning_rate=3e-3, kv_lr_ratio=1, **LORA_SIZE),
     e2vpt("E²VPT, LoRA's size, GELU", learning_rate=1e-2, kv_lr_ratio=1, **BESIDE),
+    e2vpt("E²VPT, all beside", learning_rate=1e-2, kv_lr_ratio=1, **ALL_BESIDE),
     Method("E²VPT, more prompts, norms", 3e-3, partial(add_prompts_and_train_norms, **MORE_PROMPTS), kv_lr_ratio=1),
     replace(e2vpt("E²VPT, prompts searched", learning_rate=1e-2), variants=({}, MORE_PROMPTS)),
 )

@@ -15,19 +15,23 @@ IMAGES = 64
 def shares_of_prefix(model: nn.Module, pixels: torch.Tensor) -> list[float] | None:
     """The mean over images, heads and tokens of what each layer's attention pays to its prefix.
 
-    Shallow visual prompts are tokens, and not counted.
+    Shallow visual prompts are tokens, and not counted; nor are key-value prompts beside the attention.
 
     Args:
         model (`nn.Module`): A model with or without prompts.
         pixels (`torch.Tensor`): Images as the model reads them; the first 64 are looked at.
 
     Returns:
-        `list[float]`: A number for each layer, or `None` if the model has no prefix.
+        `list[float]`: A number for each layer, or `None` if the model has no prompts in a prefix.
     """
     if not isinstance(model, PeftModel):
         return None
     config = model.active_peft_config
-    if not isinstance(config, E2VPTConfig) or (config.visual_prompt_depth == "shallow" and not config.num_kv_prompts):
+    if not isinstance(config, E2VPTConfig):
+        return None
+    deep = config.num_visual_prompts if config.visual_prompt_depth == "deep" else 0
+    joint = config.num_kv_prompts if config.kv_prompt_activation is None else 0
+    if not (deep or joint):
         return None
     backbone = model.get_base_model()
     implementation = backbone.config._attn_implementation

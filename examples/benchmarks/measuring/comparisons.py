@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -17,7 +16,7 @@ from .memory import peak_memory
 from .methods import build_e2vpt, build_linear_probe, build_lora, build_token_insertion, copy_prompts
 from .operations import count_operations
 from .rows import Row
-from .setup import Prompts, Setup
+from .setup import BESIDE, Prompts, Setup
 from .timing import ratios, spread
 
 BACKBONE, LORA, PROBE, INSERTED = "backbone", "LoRA", "linear probe", "inserted tokens"
@@ -50,11 +49,10 @@ def compare_inference(
 ) -> Iterator[Row]:
     """Inference with an adapter, against the backbone."""
     images, _ = setup.batch(batch_size)
-    beside = replace(prompts, beside=True)
     models = {
         BACKBONE: backbone,
         **pair(backbone, prompts, images),
-        ours(beside): build_e2vpt(backbone, beside),
+        ours(BESIDE): build_e2vpt(backbone, BESIDE),
         LORA: build_lora(backbone),
     }
     times = timer({name: inference(model, images) for name, model in models.items()})
@@ -72,19 +70,18 @@ def compare_training(
     timer: Timer,
     measures: Sequence[str] = (STEP, MEMORY),
 ) -> Iterator[Row]:
-    """Training steps and their memory: E²VPT against a linear probe, token insertion and LoRA, and with its key-value
+    """Training steps and their memory: E²VPT against a linear probe, token insertion and LoRA, and with
     prompts beside the attention against LoRA."""
     images, labels = setup.batch(batch_size)
     e2vpt, inserted = pair(backbone, prompts, images).values()
-    beside = replace(prompts, beside=True)
     models = {
         ours(prompts): e2vpt,
-        ours(beside): build_e2vpt(backbone, beside),
+        ours(BESIDE): build_e2vpt(backbone, BESIDE),
         PROBE: build_linear_probe(backbone),
         INSERTED: inserted,
         LORA: build_lora(backbone),
     }
-    compared = [*((ours(prompts), baseline) for baseline in (PROBE, INSERTED, LORA)), (ours(beside), LORA)]
+    compared = [*((ours(prompts), baseline) for baseline in (PROBE, INSERTED, LORA)), (ours(BESIDE), LORA)]
     steps = {name: TrainingStep(model, images, labels) for name, model in models.items()}
     found = {}
     if STEP in measures:
@@ -104,7 +101,8 @@ def compare_mixed_batch(
     names = [f"task{number}" for number in range(adapters)]
     images, _ = setup.batch(batch_size)
     samples = [names[row % len(names)] for row in range(batch_size)]
-    models = {ours(prompts): build_e2vpt(backbone, prompts, names), LORA: build_lora(backbone, names)}
+    models = {ours(counts): build_e2vpt(backbone, counts, names) for counts in (prompts, BESIDE)}
+    models[LORA] = build_lora(backbone, names)
     calls = {}
     for method, model in models.items():
         check_mixed_batch(model, images, samples)
@@ -121,7 +119,7 @@ def compare_operations(setup: Setup, backbone: ViTForImageClassification, prompt
     """Operations that do work, in an inference of two images, with one adapter or with one for each."""
     images, _ = setup.batch(2)
     calls = {BACKBONE: inference(backbone, images), LORA: inference(build_lora(backbone), images)}
-    for counts in prompts:
+    for counts in (*prompts, BESIDE):
         model = build_e2vpt(backbone, counts, ["one", "two"])
         anew = build_e2vpt(backbone, counts)
         keep_prefixes(anew, False)

@@ -70,6 +70,10 @@ class Prompts:
         return f"({self.visual}, {self.kv}){', GELU' if self.beside else ''}{dropout}"
 
 
+BESIDE = Prompts(0, 16, beside=True)
+"""What docs/choosing.md starts from: as many parameters as LoRA of rank 8 has, and nothing in the softmax."""
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of every command that measures."""
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 from torch import nn
 
@@ -15,6 +14,7 @@ from ..measuring.comparisons import BACKBONE, INFERENCE, LORA, NOTHING_KEPT, PRO
 from ..measuring.memory import peak_memory
 from ..measuring.methods import build_e2vpt, build_linear_probe, build_lora
 from ..measuring.rows import Row
+from ..measuring.setup import BESIDE
 from ..measuring.timing import ratios, spread
 from .cases import Machine
 from .modes import COMPILED, EAGER, GRAPH, compiled, in_mode
@@ -43,9 +43,8 @@ def measure_inference(machine: Machine, mode: str, batch_size: int) -> list[Row]
 
 
 def beside(machine: Machine) -> dict[str, nn.Module]:
-    """E²VPT with key-value prompts beside the attention."""
-    prompts = replace(machine.prompts, beside=True)
-    return {ours(prompts): build_e2vpt(machine.backbone, prompts)}
+    """E²VPT with prompts beside the attention."""
+    return {ours(BESIDE): build_e2vpt(machine.backbone, BESIDE)}
 
 
 def merged_lora(machine: Machine) -> nn.Module:
