@@ -9,6 +9,11 @@ from torch.compiler import is_compiling
 
 from .prefix import KeysAndValues
 
+WRITTEN_TO = ("cpu", "cuda")
+"""Devices on which inference writes to the output of an attention, to be spared another tensor of its size.
+
+On others it would have to be shown first that products come out right in a tensor that is not contiguous."""
+
 
 def add_beside(
     output: torch.Tensor, query: torch.Tensor, rows: KeysAndValues, scaling: float | torch.Tensor | None
@@ -30,9 +35,10 @@ def add_beside(
     if keys.shape[1] != query.shape[1]:
         keys, values = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (keys, values))
     keys = keys * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    # Inference is spared the memory for another tensor of the output's size. A compiler sees to that itself, and under
-    # functorch one of two tensors may stand for many.
-    in_place = not (torch.is_grad_enabled() or is_compiling() or _are_functorch_transforms_active())
+    # A compiler sees to memory itself, and under functorch one of two tensors may stand for many.
+    in_place = output.device.type in WRITTEN_TO and not (
+        torch.is_grad_enabled() or is_compiling() or _are_functorch_transforms_active()
+    )
     if len(keys) > 1:  # each sample has rows of its own
         read = F.gelu(query @ keys.mT) @ values
         return output.add_(read) if in_place else output + read
