@@ -43,7 +43,7 @@ class QuickstartArguments:
     )
     train_per_class: int = field(default=50, metadata={"help": "Labelled images per class to train on."})
     max_test_images: int = field(default=2000, metadata={"help": "Test on at most so many images."})
-    num_visual_prompts: int = field(default=4, metadata={"help": "Visual prompts in each layer."})
+    num_visual_prompts: int = field(default=0, metadata={"help": "Visual prompts in each layer."})
     num_kv_prompts: int = field(
         default=16, metadata={"help": "Key-value prompts in each layer, read beside the attention."}
     )
