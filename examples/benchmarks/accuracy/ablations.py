@@ -46,7 +46,7 @@ ABLATIONS: dict[str, tuple[Method, ...]] = {
         E2VPT,
         e2vpt("20 separate key-value", **KEY_VALUE),
         e2vpt("20 separate key-value, own rates", kv_lr_ratio=10, **KEY_VALUE),
-        *choose(METHODS, ["E²VPT, LoRA's size, GELU", "E²VPT, more prompts", "LoRA"]),
+        *choose(METHODS, ["E²VPT, LoRA's size, GELU", "E²VPT, all beside", "E²VPT, more prompts", "LoRA"]),
     ),
     "initialisation": (E2VPT, e2vpt("truncated normal", init_weights="trunc_normal")),
     "dropout": (
