@@ -578,7 +578,7 @@ def test_with_queries_of_zero_prompts_are_paid_by_their_number(
     expected = sum(prompts) / (sum(prompts) + tokens)
     assert shares_of_prefix(model, pixels) == pytest.approx([expected] * LAYERS)
     assert model.get_base_model().config._attn_implementation == before
-    for other in ("LoRA", "VPT-Shallow", "BitFit"):
+    for other in ("LoRA", "VPT-Shallow", "BitFit", "E²VPT, all beside"):
         (method,) = methods.choose(methods.METHODS, [other])
         assert shares_of_prefix(bench.build(method, seed=0), pixels) is None
 
