@@ -51,5 +51,6 @@ def add_beside(
     if not in_place:
         return output + torch.bmm(scores, values[0]).view(heads, size, length, width).transpose(0, 1)
     both = output.transpose(0, 1).reshape(heads, size * length, width)
+    # Under autocast, an attention may give another type than that of its queries.
     both.baddbmm_(scores.to(both.dtype), values[0].to(both.dtype))
     return both.view(heads, size, length, width).transpose(0, 1)

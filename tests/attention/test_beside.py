@@ -78,6 +78,15 @@ def test_heads_that_share_keys_read_the_same_rows():
 
 
 @pytest.mark.parametrize("samples", [1, 2], ids=["shared rows", "rows of each sample"])
+@torch.no_grad()
+def test_the_output_may_have_another_type_than_the_queries(samples):
+    output, query = tokens_first(dtype=torch.bfloat16), tokens_first()
+    rows = (torch.randn(samples, 5, 6, 8), torch.randn(samples, 5, 6, 8))
+    expected = by_the_equation(output.float(), query, rows, 0.3)
+    torch.testing.assert_close(add_beside(output, query, rows, 0.3), expected.bfloat16(), rtol=2e-2, atol=6e-2)
+
+
+@pytest.mark.parametrize("samples", [1, 2], ids=["shared rows", "rows of each sample"])
 def test_the_output_is_written_to_but_where_a_gradient_needs_it(samples):
     output, query = tokens_first(), tokens_first()
     before, rows = output.clone(), (torch.randn(samples, 5, 6, 8), torch.randn(samples, 5, 6, 8))

@@ -53,4 +53,8 @@ def test_two_processes_do_what_one_does_and_go_on_after_being_killed(tmp_path):
     process = launch(tmp_path)
     assert process.returncode == 0, process.stderr
     assert json.loads((killed / "pruning_results.json").read_text()) == results
+    for phase in ("tune", "scores", "candidate-1", "candidate-2"):
+        file = f"_pruning_state/{phase}.safetensors"
+        same(load_file(killed / file), load_file(one / file), 1e-5)
     same(load_file(killed / "rank1.safetensors"), ranks[0], 1e-6)
+    assert not list(killed.rglob("*.tmp"))

@@ -16,7 +16,7 @@ from .memory import peak_memory
 from .methods import build_e2vpt, build_linear_probe, build_lora, build_token_insertion, copy_prompts
 from .operations import count_operations
 from .rows import Row
-from .setup import BESIDE, Prompts, Setup
+from .setup import ALL_BESIDE, Prompts, Setup
 from .timing import ratios, spread
 
 BACKBONE, LORA, PROBE, INSERTED = "backbone", "LoRA", "linear probe", "inserted tokens"
@@ -52,7 +52,7 @@ def compare_inference(
     models = {
         BACKBONE: backbone,
         **pair(backbone, prompts, images),
-        ours(BESIDE): build_e2vpt(backbone, BESIDE),
+        ours(ALL_BESIDE): build_e2vpt(backbone, ALL_BESIDE),
         LORA: build_lora(backbone),
     }
     times = timer({name: inference(model, images) for name, model in models.items()})
@@ -76,12 +76,12 @@ def compare_training(
     e2vpt, inserted = pair(backbone, prompts, images).values()
     models = {
         ours(prompts): e2vpt,
-        ours(BESIDE): build_e2vpt(backbone, BESIDE),
+        ours(ALL_BESIDE): build_e2vpt(backbone, ALL_BESIDE),
         PROBE: build_linear_probe(backbone),
         INSERTED: inserted,
         LORA: build_lora(backbone),
     }
-    compared = [*((ours(prompts), baseline) for baseline in (PROBE, INSERTED, LORA)), (ours(BESIDE), LORA)]
+    compared = [*((ours(prompts), baseline) for baseline in (PROBE, INSERTED, LORA)), (ours(ALL_BESIDE), LORA)]
     steps = {name: TrainingStep(model, images, labels) for name, model in models.items()}
     found = {}
     if STEP in measures:
@@ -101,7 +101,7 @@ def compare_mixed_batch(
     names = [f"task{number}" for number in range(adapters)]
     images, _ = setup.batch(batch_size)
     samples = [names[row % len(names)] for row in range(batch_size)]
-    models = {ours(counts): build_e2vpt(backbone, counts, names) for counts in (prompts, BESIDE)}
+    models = {ours(counts): build_e2vpt(backbone, counts, names) for counts in (prompts, ALL_BESIDE)}
     models[LORA] = build_lora(backbone, names)
     calls = {}
     for method, model in models.items():
@@ -119,7 +119,7 @@ def compare_operations(setup: Setup, backbone: ViTForImageClassification, prompt
     """Operations that do work, in an inference of two images, with one adapter or with one for each."""
     images, _ = setup.batch(2)
     calls = {BACKBONE: inference(backbone, images), LORA: inference(build_lora(backbone), images)}
-    for counts in (*prompts, BESIDE):
+    for counts in (*prompts, ALL_BESIDE):
         model = build_e2vpt(backbone, counts, ["one", "two"])
         anew = build_e2vpt(backbone, counts)
         keep_prefixes(anew, False)

@@ -70,7 +70,7 @@ class Prompts:
         return f"({self.visual}, {self.kv}){', GELU' if self.beside else ''}{dropout}"
 
 
-BESIDE = Prompts(0, 16, beside=True)
+ALL_BESIDE = Prompts(0, 16, beside=True)
 """What docs/choosing.md starts from: as many parameters as LoRA of rank 8 has, and nothing in the softmax."""
 
 

@@ -14,7 +14,7 @@ from ..measuring.comparisons import BACKBONE, INFERENCE, LORA, NOTHING_KEPT, PRO
 from ..measuring.memory import peak_memory
 from ..measuring.methods import build_e2vpt, build_linear_probe, build_lora
 from ..measuring.rows import Row
-from ..measuring.setup import BESIDE
+from ..measuring.setup import ALL_BESIDE
 from ..measuring.timing import ratios, spread
 from .cases import Machine
 from .modes import COMPILED, EAGER, GRAPH, compiled, in_mode
@@ -44,7 +44,7 @@ def measure_inference(machine: Machine, mode: str, batch_size: int) -> list[Row]
 
 def beside(machine: Machine) -> dict[str, nn.Module]:
     """E²VPT with prompts beside the attention."""
-    return {ours(BESIDE): build_e2vpt(machine.backbone, BESIDE)}
+    return {ours(ALL_BESIDE): build_e2vpt(machine.backbone, ALL_BESIDE)}
 
 
 def merged_lora(machine: Machine) -> nn.Module:
