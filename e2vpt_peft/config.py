@@ -290,6 +290,11 @@ class E2VPTConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, which is not given.")
 
+    @property
+    def num_kv_prompts_beside(self) -> int:
+        """How many key-value prompts are read beside the attention, not in its softmax: all of them or none."""
+        return 0 if self.kv_prompt_activation is None else self.num_kv_prompts
+
     def _check_inherited(self) -> None:
         """The fields of every PEFT method, which PEFT does not check."""
         for name in ("base_model_name_or_path", "revision", "peft_version"):

@@ -147,7 +147,7 @@ class _Maps(NamedTuple):
 def _attention_maps(model: nn.Module, inputs: Mapping[str, Any]) -> list[_Maps]:
     adapter = PromptedAdapter.find(model)
     config, base = adapter.config, adapter.backbone
-    in_softmax = config.num_kv_prompts > 0 and config.kv_prompt_activation is None
+    in_softmax = config.num_kv_prompts > config.num_kv_prompts_beside
     if not (config.num_visual_prompts or in_softmax):
         raise ValueError(
             f"Adapter '{adapter.name}' has kv_prompt_activation={config.kv_prompt_activation!r} and no other prompts: "

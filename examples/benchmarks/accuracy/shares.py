@@ -30,8 +30,7 @@ def shares_of_prefix(model: nn.Module, pixels: torch.Tensor) -> list[float] | No
     if not isinstance(config, E2VPTConfig):
         return None
     deep = config.num_visual_prompts if config.visual_prompt_depth == "deep" else 0
-    joint = config.num_kv_prompts if config.kv_prompt_activation is None else 0
-    if not (deep or joint):
+    if not deep and config.num_kv_prompts == config.num_kv_prompts_beside:
         return None
     backbone = model.get_base_model()
     implementation = backbone.config._attn_implementation
