@@ -6,6 +6,7 @@ Importing this package registers the method with PEFT: `get_peft_model`, `PeftMo
 
 from .adapter import keep_prefixes
 from .config import E2VPTConfig
+from .conversion import convert_to_kv_prompts
 from .layer import E2VPTLayer
 from .model import E2VPTModel
 from .model_card import CardDetails, push_model_card, write_model_card
@@ -39,6 +40,7 @@ __all__ = [
     "PruningSummary",
     "__version__",
     "check_prefix",
+    "convert_to_kv_prompts",
     "create_optimizer",
     "keep_prefixes",
     "prune_prompts",

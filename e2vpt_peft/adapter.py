@@ -143,12 +143,13 @@ class PromptedAdapter:
         # Other adapters, and other models, may have been made of the same config: theirs are not pruned.
         config = copy(self.config)
         masks.write_to(config)
-        self._set_config(config)
+        self.set_config(config)
         for layer, prompts in zip(self.visual_layers, values):
             layer.set_visual_prompts(self.name, prompts)
 
-    def _set_config(self, config: E2VPTConfig) -> None:
-        """Put another configuration into the place of the adapter's, in `peft_config` and in all layers."""
+    def set_config(self, config: E2VPTConfig) -> None:
+        """Put another configuration into the place of the adapter's, in `peft_config` and in all layers. The prompts
+        have to be changed with it."""
         former = self.config
         for module in self.model.modules():
             configs = getattr(module, "peft_config", {})

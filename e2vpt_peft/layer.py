@@ -25,7 +25,8 @@ from .utils.shards import is_sharded
 
 CANNOT_MERGE = (
     "E2VPT adapters cannot be merged: prompts are extra keys and values in the attention, to which no change of the "
-    "backbone's weights is equivalent. Keep the adapter, which costs little, or take it off with `unload()`."
+    "backbone's weights is equivalent. Keep the adapter, which costs little (in compiled and exported models, call "
+    "`e2vpt_peft.convert_to_kv_prompts` first), or take it off with `unload()`."
 )
 
 
@@ -267,7 +268,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
     def _num_beside(self, adapter_name: str) -> int:
         """How many rows of an adapter, the last, are read beside the attention."""
         config = self.adapter_configs.get(adapter_name)
-        return 0 if config is None or config.kv_prompt_activation is None else config.num_kv_prompts
+        return 0 if config is None else config.num_kv_prompts_beside
 
     def _compute_rows(self, adapters: list[str], batch_size: int, dtype: torch.dtype) -> list[KeysAndValues]:
         """The rows of each adapter in the prefix, keys and values of (batch size or 1, number, heads, head size)
@@ -424,12 +425,43 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: Keys and values, each (number of prompts, heads, head size).
         """
-        keys, values = self._project({"": prompts[None]}, prompts.dtype)[""]
+        keys, values = self._project({"": prompts[None]}, self._projection_type(prompts.dtype))[""]
         return keys[0], values[0]
+
+    @torch.no_grad()
+    def as_kv_prompts(self, adapter_name: str) -> torch.Tensor:
+        """All prompts of an adapter with deep visual prompts, as the attention gets them in evaluation mode: separate
+        key-value prompts, (2, heads, number, head size)."""
+        dtype = self._projection_type(self.e2vpt_visual_prompts[adapter_name].dtype)
+        with self.passes.running(route=Route([adapter_name])):  # through its own norm, whichever adapter is active
+            ((keys, values),) = self._compute_rows([adapter_name], 1, dtype)
+        return torch.stack([keys[0], values[0]]).transpose(1, 2)
+
+    def _projection_type(self, otherwise: torch.dtype) -> torch.dtype:
+        """The type that projections compute in; another one for whole numbers, which compute in any."""
+        _, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
+        return dtype if dtype is not None and dtype.is_floating_point else otherwise
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> Any:
         # An attention has no weight of its own: prompts go where its key projection is.
         return super()._get_base_layer_device_and_dtype(getattr(base_layer, self.site.key_projection))
+
+    def keep_kv_prompts_only(self, adapter_name: str, config: E2VPTConfig, kv_prompts: torch.Tensor) -> None:
+        """Put key-value prompts in the place of all prompts of an adapter.
+
+        Args:
+            adapter_name (`str`): The adapter.
+            config ([`E2VPTConfig`]): Its configuration from now on.
+            kv_prompts (`torch.Tensor`): See [`prompt_shapes`].
+        """
+        former = self.e2vpt_visual_prompts.pop(adapter_name)
+        for things in (self.e2vpt_kv_prompts, self.kept_components, self.e2vpt_segment_mask, self.initial_prompts):
+            if adapter_name in things:
+                del things[adapter_name]
+        self.adapter_configs[adapter_name] = config
+        values = kv_prompts.to(former.device, former.dtype)
+        self.e2vpt_kv_prompts[adapter_name] = nn.Parameter(values.contiguous(), requires_grad=former.requires_grad)
+        self.kept_prefixes.forget()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete the prompts of an adapter."""

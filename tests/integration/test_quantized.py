@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import BitsAndBytesConfig, TorchAoConfig, ViTForImageClassification
 
-from e2vpt_peft import E2VPTConfig
+from e2vpt_peft import E2VPTConfig, convert_to_kv_prompts
 
 from ..support.models import images, prompt_parameters, tiny_vit
 
@@ -197,3 +197,14 @@ def test_prepared_for_training_with_checkpointing(checkpoint: Path, use_reentran
     model(pixel_values=images(), labels=torch.tensor([0, 1, 2])).loss.backward()
     for name, prompt in prompt_parameters(model).items():
         assert prompt.grad is not None and prompt.grad.abs().max() > 0, name
+
+
+@QUANTIZATIONS
+@torch.no_grad()
+def test_converted_prompts_give_the_same_result(
+    checkpoint: Path, quantization: Quantization, tolerance: float
+) -> None:
+    model = adapted(quantized(checkpoint, quantization)).eval()
+    expected = model(images()).logits
+    convert_to_kv_prompts(model)
+    torch.testing.assert_close(model(images()).logits, expected, atol=1e-5, rtol=0)

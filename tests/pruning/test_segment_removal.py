@@ -3,13 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification
 
 from e2vpt_peft import score_prompts
 from e2vpt_peft.pruning import segment_removal
 from e2vpt_peft.running_pass import passes_of
 
 from ..support.adapted import adapt, inputs, make
-from ..support.models import tiny_vit
+from ..support.models import SIZES, randomized, tiny_vit
 from ..support.prompted import with_prompts
 from ..support.reference import random_prompts
 from .common import LABELS, data, double, prompted
@@ -115,3 +116,17 @@ def test_windows_belong_to_their_samples():
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-6)
     exact = score_prompts(model, [batch], "leave_one_out", progress_bar=False).segments
     assert torch.corrcoef(torch.stack([whole.flatten(), exact.flatten()]))[0, 1] > 0.9
+
+
+def test_half_precision_without_a_norm_in_front_of_the_attention():
+    """Where there is none, prompts of float32 go to projections of another type."""
+    sizes = {name: SIZES[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_labels")}
+    bert = BertForSequenceClassification(BertConfig(**sizes, intermediate_size=64, vocab_size=50))
+    model = adapt(randomized(bert))
+    batch = {"input_ids": torch.arange(24).view(4, 6), "labels": LABELS}
+    full = score_prompts(model, [batch], "removal", progress_bar=False)
+    for name, parameter in model.named_parameters():
+        if "e2vpt_" not in name:
+            parameter.data = parameter.data.bfloat16()
+    half = score_prompts(model, [batch], "removal", progress_bar=False)
+    assert torch.corrcoef(torch.stack([full.segments.flatten(), half.segments.flatten()]))[0, 1] > 0.9
