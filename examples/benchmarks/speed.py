@@ -11,6 +11,7 @@ memory.
 
 - *inference*, as users run it (evaluation mode, `torch.inference_mode`): E²VPT, token insertion and PEFT's LoRA
   against the backbone;
+- *compiled*: the same with `torch.compile`, and with visual prompts converted; needs a C++ compiler;
 - *training*: a step (forward, backward, AdamW on what is trainable) of E²VPT against a linear probe, token insertion
   and LoRA;
 - *memory*: the peak during such a step, weights and optimiser state included, likewise;
@@ -33,6 +34,7 @@ from pathlib import Path
 from .measuring.comparisons import (
     MEMORY,
     STEP,
+    compare_compiled,
     compare_inference,
     compare_mixed_batch,
     compare_operations,
@@ -44,7 +46,7 @@ from .measuring.setup import SIZES, Prompts, Setup, add_options, prompts_of, set
 from .measuring.tables import header, tables
 from .measuring.timing import CLOCKS, time_side_by_side
 
-PARTS = ("operations", "inference", "training", "memory", "mixed")
+PARTS = ("operations", "inference", "compiled", "training", "memory", "mixed")
 
 
 def measure(options: argparse.Namespace, setup: Setup) -> Iterator[Row]:
@@ -65,6 +67,10 @@ def measure(options: argparse.Namespace, setup: Setup) -> Iterator[Row]:
         for batch_size in options.batch_size:
             for counts in prompts:
                 yield from compare_inference(setup, backbone, counts, batch_size, timer)
+    if "compiled" in options.parts:
+        for batch_size in options.batch_size:
+            for counts in prompts:
+                yield from compare_compiled(setup, backbone, counts, batch_size, timer)
     measures = [name for part, name in (("training", STEP), ("memory", MEMORY)) if part in options.parts]
     if measures:
         for batch_size in options.training_batch_size:

@@ -15,7 +15,7 @@ from examples.benchmarks.alternatives import (
 
 def test_the_ways_to_join_two_attentions_agree() -> None:
     """Which the comparison checks itself."""
-    assert len(compare_joining(2, 5, rounds=1, length=9, heads=2)) == 3
+    assert len(compare_joining(2, 5, rounds=1, length=9, heads=2)) == 4
 
 
 def test_both_ways_to_read_beside_the_attention_agree() -> None:

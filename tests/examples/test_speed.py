@@ -27,9 +27,12 @@ def test_tables_have_every_comparison(tmp_path: Path, capsys: pytest.CaptureFixt
         for name in (f"E²VPT {prompts}", f"E²VPT {prompts}, no prefix kept", f"E²VPT {prompts}, two adapters"):
             expected |= {("operations of an inference", name, baseline, 2) for baseline in BASELINES}
     for prompts in ("(3, 2)", "(5, 1)"):
+        name = f"E²VPT {prompts}, converted, no prefix kept"
+        expected |= {("operations of an inference", name, baseline, 2) for baseline in BASELINES}
         for batch in (1, 3):
             for name in (f"E²VPT {prompts}", "E²VPT (0, 16), GELU", f"inserted tokens {prompts}", "LoRA"):
                 expected.add(("inference time", name, "backbone", batch))
+            expected.add(("inference time", f"E²VPT {prompts}, converted", "backbone", batch))
         for dropout in ("", ", dropout 0.1"):
             for measure in ("training step time", "peak memory of a training step"):
                 for baseline in ("linear probe", "inserted tokens", "LoRA"):
@@ -38,6 +41,11 @@ def test_tables_have_every_comparison(tmp_path: Path, capsys: pytest.CaptureFixt
     for method in ("E²VPT (3, 2)", "E²VPT (0, 16), GELU", "LoRA"):
         expected.add(("throughput of a mixed batch", f"{method}, 3 adapters", "one adapter", 5))
     assert {(row.measure, row.subject, row.baseline, row.batch_size) for row in rows} == expected
+    compiled = {row.subject for row in rows if row.mode == "compiled"}
+    names = {f"E²VPT {prompts}{how}" for prompts in ("(3, 2)", "(5, 1)") for how in ("", ", converted")}
+    assert compiled == names | {"E²VPT (0, 16), GELU", "LoRA"}
+    counted = {row.subject: row.value for row in rows if row.measure.startswith("operations") and not row.baseline}
+    assert counted["E²VPT (3, 2), converted, no prefix kept"] == counted["E²VPT (3, 2)"]
     assert all(0 < row.low <= row.value <= row.high and math.isfinite(row.high) for row in rows)
     assert f"torch {torch.__version__}" in printed and "-m examples.benchmarks.speed --model=toy" in printed
 

@@ -12,15 +12,32 @@ from torch import nn
 Call = Callable[[], Any]
 
 
-def inference(model: nn.Module, images: torch.Tensor, **kwargs: Any) -> Call:
-    """A forward pass as users run it: evaluation mode, `torch.inference_mode`."""
+def inference(
+    model: nn.Module, images: torch.Tensor, forward: Callable[..., Any] | None = None, **kwargs: Any
+) -> Call:
+    """A forward pass as users run it: evaluation mode, `torch.inference_mode`.
+
+    Args:
+        model (`nn.Module`): The model.
+        images (`torch.Tensor`): A batch.
+        forward (`Callable`, *optional*): What runs in place of the model, such as the compiled one.
+        **kwargs: What the forward pass is given beside the images.
+    """
     model.eval()
+    run = model if forward is None else forward
 
     @torch.inference_mode()
     def call() -> torch.Tensor:
-        return model(pixel_values=images, **kwargs).logits
+        return run(pixel_values=images, **kwargs).logits
 
     return call
+
+
+def compiled(model: nn.Module, toy: bool, **options: Any) -> Callable[..., Any]:
+    """The compiled model; with toys, by a backend that takes no time."""
+    if toy:
+        return torch.compile(model, backend="eager")
+    return torch.compile(model, dynamic=False, **options)
 
 
 class TrainingStep:

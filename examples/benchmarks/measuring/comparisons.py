@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import ViTForImageClassification
 
-from e2vpt_peft import keep_prefixes
+from e2vpt_peft import convert_to_kv_prompts, keep_prefixes
 
 from .agreement import check_mixed_batch, check_same_function
-from .calls import Call, TrainingStep, inference
+from .calls import Call, TrainingStep, compiled, inference
 from .memory import peak_memory
 from .methods import build_e2vpt, build_linear_probe, build_lora, build_token_insertion, copy_prompts
 from .operations import count_operations
@@ -21,6 +21,7 @@ from .timing import ratios, spread
 
 BACKBONE, LORA, PROBE, INSERTED = "backbone", "LoRA", "linear probe", "inserted tokens"
 NOTHING_KEPT = "no prefix kept"
+COMPILED = "compiled"
 INFERENCE, STEP, MEMORY, THROUGHPUT, OPERATIONS = (
     "inference time",
     "training step time",
@@ -44,6 +45,13 @@ def pair(backbone: ViTForImageClassification, prompts: Prompts, images: torch.Te
     return {ours(prompts): e2vpt, f"{INSERTED} {prompts}": inserted}
 
 
+def converted(backbone: ViTForImageClassification, prompts: Prompts) -> dict[str, nn.Module]:
+    """E²VPT with its visual prompts converted, by the name that tables have for it."""
+    model = build_e2vpt(backbone, prompts)
+    convert_to_kv_prompts(model)
+    return {f"{ours(prompts)}, converted": model}
+
+
 def compare_inference(
     setup: Setup, backbone: ViTForImageClassification, prompts: Prompts, batch_size: int, timer: Timer
 ) -> Iterator[Row]:
@@ -60,6 +68,26 @@ def compare_inference(
         if name != BACKBONE:
             found = ratios(times[name], times[BACKBONE])
             yield Row.of(INFERENCE, setup.size.name, batch_size, name, BACKBONE, found)
+
+
+def compare_compiled(
+    setup: Setup, backbone: ViTForImageClassification, prompts: Prompts, batch_size: int, timer: Timer
+) -> Iterator[Row]:
+    """Inference of compiled models, against the compiled backbone."""
+    images, _ = setup.batch(batch_size)
+    models = {
+        BACKBONE: backbone,
+        ours(prompts): build_e2vpt(backbone, prompts),
+        **converted(backbone, prompts),
+        ours(ALL_BESIDE): build_e2vpt(backbone, ALL_BESIDE),
+        LORA: build_lora(backbone),
+    }
+    toy = setup.size.name == "toy"
+    times = timer({name: inference(model, images, compiled(model, toy)) for name, model in models.items()})
+    for name in models:
+        if name != BACKBONE:
+            found = ratios(times[name], times[BACKBONE])
+            yield Row.of(INFERENCE, setup.size.name, batch_size, name, BACKBONE, found, COMPILED)
 
 
 def compare_training(
@@ -121,10 +149,12 @@ def compare_operations(setup: Setup, backbone: ViTForImageClassification, prompt
     calls = {BACKBONE: inference(backbone, images), LORA: inference(build_lora(backbone), images)}
     for counts in (*prompts, ALL_BESIDE):
         model = build_e2vpt(backbone, counts, ["one", "two"])
-        anew = build_e2vpt(backbone, counts)
-        keep_prefixes(anew, False)
+        computed = {ours(counts): build_e2vpt(backbone, counts)}
+        computed |= converted(backbone, counts) if counts.visual else {}
         calls[ours(counts)] = inference(model, images)
-        calls[f"{ours(counts)}, {NOTHING_KEPT}"] = inference(anew, images)
+        for name, anew in computed.items():
+            keep_prefixes(anew, False)
+            calls[f"{name}, {NOTHING_KEPT}"] = inference(anew, images)
         calls[f"{ours(counts)}, two adapters"] = inference(model, images, adapter_names=["one", "two"])
     counted = {name: count_operations(call).total() for name, call in calls.items()}
     for name, count in counted.items():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from ..measuring.agreement import check_close
-from ..measuring.calls import TrainingStep, inference
+from ..measuring.calls import TrainingStep, compiled, inference
 from .cases import Facts, Machine
 from .checks import adapted
-from .modes import compiled, inference_with, needs_cuda
+from .modes import needs_cuda
 
 
 def check_compiled(machine: Machine, mode: str = "default") -> Facts:
@@ -21,12 +21,12 @@ def check_compiled(machine: Machine, mode: str = "default") -> Facts:
     setup = machine.small(torch.bfloat16)
     images, labels = setup.batch(4)
     model = adapted(setup, machine.prompts, ("one", "two"))
-    forward = compiled(machine, model, mode=mode)
+    forward = compiled(model, machine.toy, mode=mode)
     errors = {}
 
     def compare(name: str) -> None:
         expected = inference(model, images)()
-        call = inference_with(model, forward, images)
+        call = inference(model, images, forward)
         for turn in range(3):  # warm-up, recording, replay
             errors[f"{name}, turn {turn}"] = check_close(call().clone(), expected, setup.dtype, f"{name}, {mode}")
 

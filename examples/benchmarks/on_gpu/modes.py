@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..measuring.agreement import check_close
-from ..measuring.calls import Call, inference
+from ..measuring.calls import Call, compiled, inference
 from .cases import Machine, NotHere
 
 EAGER, GRAPH, COMPILED, COMPILED_GRAPH = "eager", "CUDA graph", "compiled", "compiled, CUDA graph"
@@ -25,20 +24,13 @@ def in_mode(machine: Machine, mode: str, model: nn.Module, images: torch.Tensor)
     return call
 
 
-def compiled(machine: Machine, model: nn.Module, **options: Any) -> Callable[..., Any]:
-    """The compiled model; with toys, by a backend that takes no time."""
-    if machine.toy:
-        return torch.compile(model, backend="eager")
-    return torch.compile(model, dynamic=False, **options)
-
-
 def _compiled(machine: Machine, model: nn.Module, images: torch.Tensor) -> Call:
-    return inference_with(model, compiled(machine, model), images)
+    return inference(model, images, compiled(model, machine.toy))
 
 
 def _compiled_graph(machine: Machine, model: nn.Module, images: torch.Tensor) -> Call:
     needs_cuda(machine)
-    return inference_with(model, compiled(machine, model, mode="reduce-overhead"), images)
+    return inference(model, images, compiled(model, machine.toy, mode="reduce-overhead"))
 
 
 def _graph(machine: Machine, model: nn.Module, images: torch.Tensor) -> Call:
@@ -60,16 +52,6 @@ def _graph(machine: Machine, model: nn.Module, images: torch.Tensor) -> Call:
         return logits
 
     return replay
-
-
-def inference_with(model: nn.Module, forward: Callable[..., Any], images: torch.Tensor) -> Call:
-    model.eval()
-
-    @torch.inference_mode()
-    def call() -> torch.Tensor:
-        return forward(pixel_values=images).logits
-
-    return call
 
 
 def needs_cuda(machine: Machine) -> None:

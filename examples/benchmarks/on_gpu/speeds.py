@@ -9,26 +9,28 @@ from torch import nn
 
 from e2vpt_peft import keep_prefixes
 
-from ..measuring.calls import TrainingStep
-from ..measuring.comparisons import BACKBONE, INFERENCE, LORA, NOTHING_KEPT, PROBE, STEP, ours, pair
+from ..measuring.calls import TrainingStep, compiled
+from ..measuring.comparisons import BACKBONE, INFERENCE, LORA, NOTHING_KEPT, PROBE, STEP, converted, ours, pair
 from ..measuring.memory import peak_memory
 from ..measuring.methods import build_e2vpt, build_linear_probe, build_lora
 from ..measuring.rows import Row
 from ..measuring.setup import ALL_BESIDE
 from ..measuring.timing import ratios, spread
 from .cases import Machine
-from .modes import COMPILED, EAGER, GRAPH, compiled, in_mode
+from .modes import COMPILED, EAGER, GRAPH, in_mode
 
 IMAGES, MEMORY = "images per second", "peak memory of a training step in GB"
 TRAINED_IMAGES = "images per second in training"
 
 
 def measure_inference(machine: Machine, mode: str, batch_size: int) -> list[Row]:
-    """Against the backbone: E²VPT with few prompts, many, some beside the attention, or none kept, inserted tokens,
-    LoRA, and LoRA merged."""
+    """Against the backbone: E²VPT with few prompts, many, some beside the attention, converted, or none kept, inserted
+    tokens, LoRA, and LoRA merged."""
     images, _ = machine.setup.batch(batch_size)
     models: dict[str, nn.Module] = {BACKBONE: machine.backbone, **pair(machine.backbone, machine.prompts, images)}
     models[LORA] = build_lora(machine.backbone)
+    if mode != EAGER:
+        models |= converted(machine.backbone, machine.prompts)
     if mode in (EAGER, GRAPH):  # to compile one more takes its time
         models |= pair(machine.backbone, machine.many_prompts, images) | beside(machine)
         models["LoRA, merged"] = merged_lora(machine)
@@ -64,7 +66,7 @@ def measure_training(machine: Machine, mode: str, batch_size: int) -> list[Row]:
     if mode == EAGER:
         models |= pair(machine.backbone, machine.many_prompts, images) | beside(machine)
     steps = {
-        name: TrainingStep(model, images, labels, compiled(machine, model) if mode == COMPILED else None)
+        name: TrainingStep(model, images, labels, compiled(model, machine.toy) if mode == COMPILED else None)
         for name, model in models.items()
     }
     times = machine.time(dict(steps))
