@@ -19,7 +19,7 @@ from torch._C import (
 from torch.compiler import is_compiling
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from .attention.prefix import KeysAndValues, Prefix
+from .attention.prefix import KeysAndValues, Prefix, Rows
 from .route import Route
 from .utils.seen import Place, Seen, can_be_seen, is_plain
 
@@ -61,23 +61,20 @@ class KeptRows(NamedTuple):
     storage: torch.Tensor
     kept: list[_Kept]
 
-    def parts(self) -> list[KeysAndValues]:
-        """Keys and values of each adapter, (1, number, heads, head size) each."""
+    def rows(self) -> list[Rows]:
+        """The rows of each adapter."""
         return [one.rows for one in self.kept]
 
-    def gather(self, route: Route, has_rows: Sequence[bool], beside: Sequence[int], batch_size: int) -> Prefix:
+    def gather(self, route: Route, has_rows: Sequence[bool], batch_size: int) -> Prefix:
         """The prefix of a batch.
 
         Args:
             route ([`Route`]): The adapter of each sample.
             has_rows (`Sequence[bool]`): For each adapter of the route, whether it is one of these.
-            beside (`Sequence[int]`): For each adapter of the route, how many of its rows, the last, are for
-                [`~e2vpt_peft.attention.beside.add_beside`].
             batch_size (`int`): The batch size in the attention.
         """
-        places = iter((one.start, one.length) for one in self.kept)
-        starts, lengths = zip(*(next(places) if has else (0, 0) for has in has_rows))
-        joint = [length - last for length, last in zip(lengths, beside)]
+        places = iter((one.start, *one.rows.counts()) for one in self.kept)
+        starts, joint, beside = zip(*(next(places) if has else (0, 0, 0) for has in has_rows))
         keys, values = self._gather(route, starts, joint, batch_size)
         prefix = Prefix(keys, values, route.visible(joint, batch_size, self.storage.device))
         if not any(beside):
@@ -95,15 +92,14 @@ class _Kept(NamedTuple):
     """The rows of one adapter, and what they were computed of.
 
     Attributes:
-        start, length (`int`): The first row in the storage, and their number.
-        rows (`tuple[torch.Tensor, torch.Tensor]`): Keys and values there, (1, length, heads, head size) each.
+        start (`int`): The first row in the storage. Those beside the attention lie behind the others.
+        rows ([`Rows`]): They, as views of it.
         places (`Seen`): Prompts, and where norm and projections are found.
         modules (`Seen`): Norm and projections. Adapters share it.
     """
 
     start: int
-    length: int
-    rows: KeysAndValues
+    rows: Rows
     places: Seen
     modules: Seen
 
@@ -118,14 +114,17 @@ class _Store:
         self.modules: list[nn.Module] = []
         self.seen_modules = Seen()
 
-    def append(self, name: str, rows: KeysAndValues, places: Seen, modules: Seen) -> None:
-        """Put the rows of an adapter, each (number, heads, head size), behind the others."""
-        start, length = self.used, len(rows[0])
-        self.used += length
-        there = self.storage[:, start : self.used]
-        for place, part in zip(there, rows):
-            place.copy_(part)
-        self.kept[name] = _Kept(start, length, (there[:1], there[1:]), places, modules)
+    def append(self, name: str, rows: Rows, places: Seen, modules: Seen) -> None:
+        """Put the rows of an adapter behind the others."""
+        start = self.used
+        joint = self._write(rows.joint)
+        beside = None if rows.beside is None else self._write(rows.beside)
+        self.kept[name] = _Kept(start, Rows(joint, beside), places, modules)
+
+    def _write(self, rows: KeysAndValues) -> KeysAndValues:
+        start, self.used = self.used, self.used + rows[0].shape[1]
+        there = self.storage[:, start : self.used].copy_(torch.cat(rows))
+        return there[:1], there[1:]
 
     def see(self, sources: Sources) -> tuple[Seen, Seen]:
         """Note the state of what rows are about to be computed of."""
@@ -178,7 +177,7 @@ class KeptPrefixes:
         dtype: torch.dtype,
         device: torch.device,
         sources: Callable[[str], Sources],
-        compute: Callable[[list[str]], Sequence[KeysAndValues]],
+        compute: Callable[[list[str]], Sequence[Rows]],
     ) -> KeptRows | None:
         """The rows of some adapters, in their order; `None` if they cannot be kept.
 
@@ -186,8 +185,7 @@ class KeptPrefixes:
             adapters (`Sequence[str]`): Their names.
             dtype (`torch.dtype`), device (`torch.device`): Those of the attention.
             sources (`Callable`): Says what the rows of an adapter are computed of.
-            compute (`Callable`): Computes the rows of some of the adapters, keys and values of (number, heads, head
-                size) each.
+            compute (`Callable`): Computes the rows of some of the adapters, for all samples.
         """
         if not self.enabled or _is_recorded(device):
             return None
@@ -207,16 +205,16 @@ def _renew(
     store: _Store | None,
     sources: Mapping[str, Sources],
     dtype: torch.dtype,
-    compute: Callable[[list[str]], Sequence[KeysAndValues]],
+    compute: Callable[[list[str]], Sequence[Rows]],
 ) -> _Store:
     """A store that has the rows of `sources` as they are today: the given one, or a larger one."""
     names = list(sources) if store is None else store.changed(sources)
     book = store or _Store(torch.empty(0))
     seen = {name: book.see(sources[name]) for name in names}  # before they are read
     computed = dict(zip(names, compute(names)))
-    needed = sum(len(keys) for keys, _ in computed.values())
+    needed = sum(sum(rows.counts()) for rows in computed.values())
     if store is None or store.used + needed > store.storage.shape[1]:
-        store = _larger(book, needed, set(names), next(iter(computed.values()))[0].to(dtype))
+        store = _larger(book, needed, set(names), next(iter(computed.values())).joint[0].to(dtype))
     for name, rows in computed.items():
         store.append(name, rows, *seen[name])
     return store
@@ -225,12 +223,12 @@ def _renew(
 def _larger(store: _Store, needed: int, replaced: set[str], example: torch.Tensor) -> _Store:
     """A store with room for more rows, and without those that are replaced or were left behind."""
     others = {name: kept for name, kept in store.kept.items() if name not in replaced}
-    count = FIRST + sum(kept.length for kept in others.values()) + needed
+    count = FIRST + sum(sum(kept.rows.counts()) for kept in others.values()) + needed
     # Some room for more, or else a thousand adapters, each new to the layer, would be copied a thousand times.
-    larger = _Store(example.new_zeros(2, count + (count // 16 if others else 0), *example.shape[1:]))
+    larger = _Store(example.new_zeros(2, count + (count // 16 if others else 0), *example.shape[2:]))
     larger.modules, larger.seen_modules = store.modules, store.seen_modules
     for name, kept in others.items():
-        larger.append(name, (kept.rows[0][0], kept.rows[1][0]), kept.places, kept.modules)
+        larger.append(name, kept.rows, kept.places, kept.modules)
     return larger
 
 

@@ -10,7 +10,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .attention.prefix import KeysAndValues, Prefix, WayIn, attending, is_traced_for_training
+from .attention.prefix import KeysAndValues, Prefix, Rows, WayIn, attending, is_traced_for_training, join, side_by_side
 from .attention.site import AttentionSite
 from .config import E2VPTConfig
 from .initialization import draw_prompts
@@ -232,70 +232,41 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         in_prefix = [name for name in adapters if self._is_in_prefix(name)]
         kept = self._kept_rows(in_prefix, dtype, device)
         if current.route is not None:
-            if kept is None:
-                return self._computed_for(current.route, batch_size, dtype)
-            has_rows = [name in in_prefix for name in adapters]
-            return kept.gather(current.route, has_rows, [self._num_beside(name) for name in adapters], batch_size)
-        rows = self._compute_rows(in_prefix, batch_size, dtype) if kept is None else kept.parts()
-        joint, beside = self._divide(rows, in_prefix)
-        keys, values = _side_by_side(joint)
-        prefix = Prefix(keys, values, beside=_side_by_side(beside) if beside else None)
+            if kept is not None:
+                return kept.gather(current.route, [name in in_prefix for name in adapters], batch_size)
+            return _gather(self._compute_rows(adapters, batch_size, dtype), current.route, batch_size)
+        prefix = side_by_side(self._compute_rows(in_prefix, batch_size, dtype) if kept is None else kept.rows())
         return prefix if current.edit_prefix is None else current.edit_prefix(self, prefix, batch_size)
 
-    def _computed_for(self, route: Route, batch_size: int, dtype: torch.dtype) -> Prefix:
-        """The prefix of a batch that mixes adapters, without rows that are kept."""
-        rows = self._compute_rows(route.adapters, batch_size, dtype)
-        joint, beside = self._divide(rows, route.adapters)
-        lengths = [keys.shape[1] for keys, _ in joint]
-        visible = route.visible(lengths, batch_size, joint[0][0].device)
-        keys, values = route.gather_both(joint, batch_size)
-        return Prefix(keys, values, visible, beside=route.gather_both(beside, batch_size) if beside else None)
-
-    def _divide(
-        self, rows: list[KeysAndValues], adapters: list[str]
-    ) -> tuple[list[KeysAndValues], list[KeysAndValues]]:
-        """The rows of each adapter in the attention's softmax, and those beside it; of the latter none if no adapter
-        has any."""
-        beside = [self._num_beside(name) for name in adapters]
-        if not any(beside):
-            return rows, []
-        joint = [keys.shape[1] - last for (keys, _), last in zip(rows, beside)]
-        return (
-            [(keys[:, :count], values[:, :count]) for (keys, values), count in zip(rows, joint)],
-            [(keys[:, count:], values[:, count:]) for (keys, values), count in zip(rows, joint)],
-        )
-
-    def _num_beside(self, adapter_name: str) -> int:
-        """How many rows of an adapter, the last, are read beside the attention."""
-        config = self.adapter_configs.get(adapter_name)
-        return 0 if config is None else config.num_kv_prompts_beside
-
-    def _compute_rows(self, adapters: list[str], batch_size: int, dtype: torch.dtype) -> list[KeysAndValues]:
-        """The rows of each adapter in the prefix, keys and values of (batch size or 1, number, heads, head size)
-        each."""
+    def _compute_rows(self, adapters: list[str], batch_size: int, dtype: torch.dtype) -> list[Rows]:
+        """The rows of each adapter in the prefix; none of those that have no prompts there."""
+        configs = self.adapter_configs
         with_deep = [name for name in adapters if self._has_deep_prompts(name)]
         with_kv = [name for name in adapters if name in self.e2vpt_kv_prompts]
-        dropout = [self.adapter_configs[name].prompt_dropout for name in with_deep]
-        dropout += [self.adapter_configs[name].kv_prompt_dropout for name in with_kv]
-        samples = self._samples(batch_size, dropout)
+        samples = self._samples(batch_size, [configs[name].prompt_dropout for name in with_deep])
         projected = self._project({name: self._visual_prompts(name, samples) for name in with_deep}, dtype)
+        samples = self._samples(batch_size, [configs[name].kv_prompt_dropout for name in with_kv])
         kv_prompts = {name: self._kv_prompts(name, samples) for name in with_kv}
-        parts = [[kind[name] for kind in (projected, kv_prompts) if name in kind] for name in adapters]
-        no_rows = next(rows[0][0] for rows in parts if rows)[:, :0]
-        joined = []
-        for rows in parts:
-            rows = rows or [(no_rows, no_rows)]
-            dtype = rows[0][0].dtype
-            joined.append(_side_by_side([(keys.to(dtype), values.to(dtype)) for keys, values in rows]))
-        return joined
+        nothing = next(keys for keys, _ in (*projected.values(), *kv_prompts.values()))[:1, :0]
+        computed = []
+        for name in adapters:
+            joint, kv = projected.get(name), kv_prompts.get(name)
+            if joint is not None and kv is not None:
+                kv = kv[0].to(joint[0].dtype), kv[1].to(joint[1].dtype)
+            beside = None
+            if name in with_kv and configs[name].num_kv_prompts_beside:
+                kv, beside = None, kv
+            parts = [part for part in (joint, kv) if part is not None]
+            computed.append(Rows(join(parts or [(nothing, nothing)]), beside))
+        return computed
 
     def _kept_rows(self, adapters: list[str], dtype: torch.dtype, device: torch.device) -> KeptRows | None:
         """The rows of adapters as an earlier inference has left them; `None` if they cannot be kept."""
         if self.training or torch.is_grad_enabled():
             return None
 
-        def compute(names: list[str]) -> list[KeysAndValues]:
-            return [(keys[0], values[0]) for keys, values in self._compute_rows(names, 1, dtype)]
+        def compute(names: list[str]) -> list[Rows]:
+            return self._compute_rows(names, 1, dtype)
 
         return self.kept_prefixes.rows(adapters, dtype, device, self._sources, compute)
 
@@ -434,8 +405,8 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         key-value prompts, (2, heads, number, head size)."""
         dtype = self._projection_type(self.e2vpt_visual_prompts[adapter_name].dtype)
         with self.passes.running(route=Route([adapter_name])):  # through its own norm, whichever adapter is active
-            ((keys, values),) = self._compute_rows([adapter_name], 1, dtype)
-        return torch.stack([keys[0], values[0]]).transpose(1, 2)
+            (rows,) = self._compute_rows([adapter_name], 1, dtype)
+        return torch.cat(rows.joint).transpose(1, 2)
 
     def _projection_type(self, otherwise: torch.dtype) -> torch.dtype:
         """The type that projections compute in; another one for whole numbers, which compute in any."""
@@ -565,7 +536,12 @@ def _set_parameter(parameters: nn.ParameterDict, name: str, values: torch.Tensor
         parameters[name] = nn.Parameter(values.to(old.device, old.dtype), requires_grad=old.requires_grad)
 
 
-def _side_by_side(rows: list[KeysAndValues]) -> KeysAndValues:
-    if len(rows) == 1:  # of a single tensor, cat would make a copy
-        return rows[0]
-    return torch.cat([keys for keys, _ in rows], 1), torch.cat([values for _, values in rows], 1)
+def _gather(adapters: list[Rows], route: Route, batch_size: int) -> Prefix:
+    """The prefix of a batch that mixes adapters, of the rows of each that occurs in it."""
+    joint = [rows.joint for rows in adapters]
+    nothing = (joint[0][0][:, :0], joint[0][1][:, :0])
+    beside = [rows.beside or nothing for rows in adapters]
+    visible = route.visible([keys.shape[1] for keys, _ in joint], batch_size, joint[0][0].device)
+    keys, values = route.gather_both(joint, batch_size)
+    has_beside = any(rows.beside for rows in adapters)
+    return Prefix(keys, values, visible, beside=route.gather_both(beside, batch_size) if has_beside else None)

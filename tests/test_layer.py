@@ -16,7 +16,7 @@ from e2vpt_peft import E2VPTConfig, E2VPTLayer
 from e2vpt_peft.attention import prefix
 
 from .support.adapted import adapt
-from .support.models import TINY_MODELS, images, tiny_vit
+from .support.models import BESIDE, TINY_MODELS, images, tiny_vit
 from .support.prompted import with_prompts
 from .support.reference import random_prompts
 
@@ -86,6 +86,16 @@ def test_without_dropout_a_prefix_has_no_batch_dimension(config, number):
     layer = first_layer(get_peft_model(tiny_vit(), E2VPTConfig(**config)))
     layer.train()
     assert layer.prefix(64, torch.float32, torch.device("cpu")).keys.shape == (1, number, 4, 8)
+
+
+@pytest.mark.parametrize(("field", "samples"), [("prompt_dropout", (64, 1)), ("kv_prompt_dropout", (1, 64))])
+def test_only_the_kind_that_dropout_drops_of_has_a_batch_dimension(field, samples):
+    rates = {"prompt_dropout": 0.0, "kv_prompt_dropout": 0.0, field: 0.5}
+    layer = first_layer(get_peft_model(tiny_vit(), E2VPTConfig(**rates, **BESIDE)))
+    layer.train()
+    prefix = layer.prefix(64, torch.float32, torch.device("cpu"))
+    assert prefix.keys.shape == (samples[0], 10, 4, 8)
+    assert prefix.beside[0].shape == prefix.beside[1].shape == (samples[1], 5, 4, 8)
 
 
 def test_a_new_layer_takes_over_the_mode_of_its_attention():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -34,6 +34,38 @@ class Prefix(NamedTuple):
     visible: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     beside: KeysAndValues | None = None
+
+
+class Rows(NamedTuple):
+    """What one adapter gives to a prefix.
+
+    Attributes:
+        joint (`tuple[torch.Tensor, torch.Tensor]`):
+            Keys and values in the softmax with the sequence, (batch size or 1, number, heads, head size) each.
+        beside (`Optional[tuple[torch.Tensor, torch.Tensor]]`): Those beside it, likewise; see [`Prefix`].
+    """
+
+    joint: KeysAndValues
+    beside: KeysAndValues | None = None
+
+    def counts(self) -> tuple[int, int]:
+        """The numbers of both."""
+        return self.joint[0].shape[1], 0 if self.beside is None else self.beside[0].shape[1]
+
+
+def side_by_side(adapters: Sequence[Rows]) -> Prefix:
+    """The prefix of samples that all go through the same adapters."""
+    beside = [rows.beside for rows in adapters if rows.beside is not None]
+    return Prefix(*join([rows.joint for rows in adapters]), beside=join(beside) if beside else None)
+
+
+def join(parts: Sequence[KeysAndValues]) -> KeysAndValues:
+    """Rows behind one another. Those that are the same for all samples meet those that are not."""
+    if len(parts) == 1:  # of a single tensor, cat would make a copy
+        return parts[0]
+    size = max(keys.shape[0] for keys, _ in parts)
+    keys, values = (torch.cat([part.expand(size, -1, -1, -1) for part in kind], 1) for kind in zip(*parts))
+    return keys, values
 
 
 class PrefixSource(Protocol):
