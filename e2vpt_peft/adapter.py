@@ -111,6 +111,19 @@ class PromptedAdapter:
                 f"Adapter '{self.name}' has no visual prompts: there is nothing to score, to prune or to compare."
             )
 
+    def require_values(self) -> None:
+        """Refuse prompts that accelerate offloads: it would bring the former ones back at the next forward pass.
+
+        Raises:
+            ValueError: They are.
+        """
+        if any(layer.is_offloaded for layer in self.layers):
+            raise ValueError(
+                f"Adapter '{self.name}' is offloaded by accelerate, which would bring its former prompts back: score, "
+                "prune, rewind and convert prompts before cpu_offload, disk_offload or dispatch_model, or after "
+                "accelerate.hooks.remove_hook_from_submodules(model)."
+            )
+
     @property
     def config(self) -> E2VPTConfig:
         """The configuration, the one object that `model.peft_config` and all layers have."""

@@ -75,7 +75,6 @@ def _check_convertible(adapter: PromptedAdapter) -> None:
             f"{who} has kv_prompt_activation={config.kv_prompt_activation!r}, which its visual prompts, once they are "
             "key-value prompts, would get as well. Keep it as it is."
         )
-    if any(parameter.is_meta for layer in adapter.layers for parameter in layer.e2vpt_visual_prompts.parameters()):
-        raise ValueError(f"{who} has prompts without values (offloaded, or on the meta device): convert it before.")
+    adapter.require_values()
     if any(layer.disable_adapters for layer in adapter.layers):
         raise ValueError(f"{who} is disabled: convert it outside of model.disable_adapter().")

@@ -42,6 +42,11 @@ class Prompts(nn.ParameterDict):
         prompts: torch.Tensor = self[adapter_name]
         return prompts
 
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether accelerate has the values, and brings them in for each pass: what is written here is lost."""
+        return "_hf_hook" in vars(self) and any(parameter.is_meta for parameter in self.parameters())
+
 
 class E2VPTLayer(nn.Module, BaseTunerLayer):
     """A self-attention module with the prompts of every adapter.
@@ -163,6 +168,11 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             if not torch.equal(current.cpu(), initial.to(current.dtype)):
                 return False
         return True
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether accelerate has the values of prompts, see [`Prompts`]."""
+        return self.e2vpt_visual_prompts.is_offloaded or self.e2vpt_kv_prompts.is_offloaded
 
     def has_visual_prompts(self, adapter_name: str) -> bool:
         """Whether an adapter has visual prompts here: shallow ones exist in one layer only."""

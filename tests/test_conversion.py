@@ -198,17 +198,12 @@ def test_nothing_of_visual_prompts_is_left() -> None:
     assert torch.equal(logits(copy.deepcopy(model)), logits(model))
 
 
-def on_meta() -> nn.Module:
-    return get_peft_model(tiny_vit().to("meta"), config())
-
-
 @pytest.mark.parametrize(
     ("make_model", "words"),
     [
         (lambda: adapted(num_visual_prompts=0), "has no visual prompts: there is nothing to convert"),
         (lambda: adapted(visual_prompt_depth="shallow"), "visual_prompt_depth='shallow': such prompts are changed"),
         (lambda: adapted(**BESIDE), "kv_prompt_activation='gelu', which its visual prompts"),
-        (on_meta, "prompts without values"),
         (lambda: adapted(num_kv_prompts=MAX_PROMPTS, layers_to_transform=[0]), "num_kv_prompts=10004 must be 10000"),
         (tiny_vit, "adapter_name is needed: the active E2VPT adapters are"),
     ],

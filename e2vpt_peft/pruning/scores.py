@@ -146,11 +146,12 @@ def find_prunable(model: nn.Module, adapter_name: str | None = None) -> Prompted
     """Find an adapter that can be scored, pruned and rewound.
 
     Raises:
-        ValueError: There is no such adapter, it has no visual prompts, or the model is in shards.
+        ValueError: There is no such adapter, it has no visual prompts or is offloaded, or the model is in shards.
     """
     refuse_shards(model)
     adapter = PromptedAdapter.find(model, adapter_name)
     adapter.require_visual_prompts()
+    adapter.require_values()
     return adapter
 
 

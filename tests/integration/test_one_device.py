@@ -17,7 +17,14 @@ from peft import PeftModel, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from e2vpt_peft import E2VPTConfig, PromptScores, keep_prefixes, prune_prompts, rewind_prompts
+from e2vpt_peft import (
+    E2VPTConfig,
+    PromptScores,
+    convert_to_kv_prompts,
+    keep_prefixes,
+    prune_prompts,
+    rewind_prompts,
+)
 
 from ..support.models import BESIDE, images, tiny_vit
 from ..support.zoo import ZOO
@@ -114,6 +121,16 @@ def test_pruning_and_rewinding(depth: str) -> None:
     check(model)
     with one_device():
         rewind_prompts(model, init="fresh", undo_pruning=True)
+    check(model)
+
+
+@pytest.mark.parametrize("is_pruned", [False, True])
+def test_conversion(is_pruned: bool) -> None:
+    model = model_with(modules_to_save=["classifier", "layernorm_before"]).to("meta")
+    if is_pruned:
+        prune_prompts(model, PromptScores(torch.rand(4), torch.rand(4, 4)), token_rate=0.25, segment_rate=0.5)
+    with one_device():
+        convert_to_kv_prompts(model)
     check(model)
 
 
