@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..adapter import PromptedAdapter
-from ..utils.modes import evaluating
+from ..utils.attention_weights import attention_weights
 from .figure import new_figure, number_axis
 
 if TYPE_CHECKING:
@@ -143,7 +143,6 @@ class _Maps(NamedTuple):
         return self.to_prompts[kind][:, :, rows].sum(-1).mean((0, 2))
 
 
-@torch.no_grad()
 def _attention_maps(model: nn.Module, inputs: Mapping[str, Any]) -> list[_Maps]:
     adapter = PromptedAdapter.find(model)
     config, base = adapter.config, adapter.backbone
@@ -158,13 +157,7 @@ def _attention_maps(model: nn.Module, inputs: Mapping[str, Any]) -> list[_Maps]:
             f"{type(base).__name__} is no model of transformers, which could be asked for its attention weights: "
             "there is nothing to plot."
         )
-    implementation = base.config._attn_implementation
-    try:
-        base.set_attn_implementation("eager")  # the only one that returns its weights
-        with evaluating(model):
-            weights = model(**inputs, output_attentions=True).attentions
-    finally:
-        base.set_attn_implementation(implementation)
+    weights = attention_weights(model, base, inputs)
     # Where attention is written out, they are returned without the columns of the prefix.
     has_prefix = in_softmax or (config.num_visual_prompts > 0 and not adapter.is_shallow)
     if not weights or (has_prefix and all(layer.shape[-1] == layer.shape[-2] for layer in weights)):

@@ -7,11 +7,11 @@ from peft import PeftModel
 from torch import nn
 
 from e2vpt_peft import E2VPTConfig
+from e2vpt_peft.utils.attention_weights import attention_weights
 
 IMAGES = 64
 
 
-@torch.no_grad()
 def shares_of_prefix(model: nn.Module, pixels: torch.Tensor) -> list[float] | None:
     """The mean over images, heads and tokens of what each layer's attention pays to its prefix.
 
@@ -32,9 +32,5 @@ def shares_of_prefix(model: nn.Module, pixels: torch.Tensor) -> list[float] | No
     deep = config.num_visual_prompts if config.visual_prompt_depth == "deep" else 0
     if not deep and config.num_kv_prompts == config.num_kv_prompts_beside:
         return None
-    backbone = model.get_base_model()
-    implementation = backbone.config._attn_implementation
-    backbone.set_attn_implementation("eager")  # the only one that returns its weights
-    weights = model.eval()(pixel_values=pixels[:IMAGES], output_attentions=True).attentions
-    backbone.set_attn_implementation(implementation)
+    weights = attention_weights(model, model.get_base_model(), {"pixel_values": pixels[:IMAGES]})
     return [float(layer[..., : layer.shape[-1] - layer.shape[-2]].sum(-1).mean()) for layer in weights]
