@@ -1,6 +1,6 @@
 """How fast E²VPT is, and how much memory it takes, against what one would use instead.
 
-    python -m examples.benchmarks.speed --threads 2 --out speed.jsonl      # everything, on the CPU: about an hour
+    python -m examples.benchmarks.speed --threads 2 --out speed.jsonl      # all but "compiled", on the CPU: an hour
     python -m examples.benchmarks.speed --show speed.jsonl                 # the tables of a file
     python -m examples.benchmarks.speed --parts operations                 # counted, in seconds
 
@@ -11,7 +11,7 @@ memory.
 
 - *inference*, as users run it (evaluation mode, `torch.inference_mode`): E²VPT, token insertion and PEFT's LoRA
   against the backbone;
-- *compiled*: the same with `torch.compile`, and with visual prompts converted; needs a C++ compiler;
+- *compiled*: the same with `torch.compile`, and with visual prompts converted; it needs a C++ compiler;
 - *training*: a step (forward, backward, AdamW on what is trainable) of E²VPT against a linear probe, token insertion
   and LoRA;
 - *memory*: the peak during such a step, weights and optimiser state included, likewise;
@@ -32,6 +32,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .measuring.comparisons import (
+    COMPILED,
     MEMORY,
     STEP,
     compare_compiled,
@@ -46,7 +47,7 @@ from .measuring.setup import SIZES, Prompts, Setup, add_options, prompts_of, set
 from .measuring.tables import header, tables
 from .measuring.timing import CLOCKS, time_side_by_side
 
-PARTS = ("operations", "inference", "compiled", "training", "memory", "mixed")
+PARTS = ("operations", "inference", COMPILED, "training", "memory", "mixed")
 
 
 def measure(options: argparse.Namespace, setup: Setup) -> Iterator[Row]:
@@ -67,7 +68,7 @@ def measure(options: argparse.Namespace, setup: Setup) -> Iterator[Row]:
         for batch_size in options.batch_size:
             for counts in prompts:
                 yield from compare_inference(setup, backbone, counts, batch_size, timer)
-    if "compiled" in options.parts:
+    if COMPILED in options.parts:
         for batch_size in options.batch_size:
             for counts in prompts:
                 yield from compare_compiled(setup, backbone, counts, batch_size, timer)
@@ -98,7 +99,13 @@ def parse(command: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dropout", type=float, nargs="+", default=[0.0, 0.1], help="on visual prompts, in training (default: 0 0.1)"
     )
-    parser.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS, help="what to measure (default: all)")
+    parser.add_argument(
+        "--parts",
+        choices=PARTS,
+        nargs="+",
+        default=[part for part in PARTS if part != COMPILED],
+        help="what to measure (default: all but compiled)",
+    )
     parser.add_argument("--adapters", type=int, default=16, help="adapters in the mixed batch (default: 16)")
     parser.add_argument("--mixed-batch-size", type=int, default=32, help="size of the mixed batch (default: 32)")
     parser.add_argument(

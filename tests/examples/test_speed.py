@@ -19,6 +19,7 @@ TOY = [
 def test_tables_have_every_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "speed.jsonl"
     command = [*TOY, "--prompts", "3,2", "5,1", "--batch-size", "1", "3", "--dropout", "0", "0.1", f"--out={out}"]
+    command += ["--parts", *speed.PARTS]
     rows = speed.main(command)
     printed = capsys.readouterr().out
 

@@ -74,6 +74,7 @@ def compare_compiled(
     setup: Setup, backbone: ViTForImageClassification, prompts: Prompts, batch_size: int, timer: Timer
 ) -> Iterator[Row]:
     """Inference of compiled models, against the compiled backbone."""
+    torch._dynamo.reset()  # what is compiled of one class of models is limited; beyond that it runs eagerly
     images, _ = setup.batch(batch_size)
     models = {
         BACKBONE: backbone,

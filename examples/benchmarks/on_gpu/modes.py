@@ -9,9 +9,10 @@ from torch import nn
 
 from ..measuring.agreement import check_close
 from ..measuring.calls import Call, compiled, inference
+from ..measuring.comparisons import COMPILED
 from .cases import Machine, NotHere
 
-EAGER, GRAPH, COMPILED, COMPILED_GRAPH = "eager", "CUDA graph", "compiled", "compiled, CUDA graph"
+EAGER, GRAPH, COMPILED_GRAPH = "eager", "CUDA graph", "compiled, CUDA graph"
 
 
 def in_mode(machine: Machine, mode: str, model: nn.Module, images: torch.Tensor) -> Call:
