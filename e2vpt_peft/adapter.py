@@ -101,14 +101,15 @@ class PromptedAdapter:
         return cls(model, name, [layer for layer in _layers(model) if name in layer.adapter_configs])
 
     def require_visual_prompts(self) -> None:
-        """Refuse an adapter of key-value prompts alone, which are never pruned.
+        """Refuse an adapter of key-value prompts alone, which are neither pruned nor converted.
 
         Raises:
             ValueError: It is one.
         """
         if not self.config.num_visual_prompts:
             raise ValueError(
-                f"Adapter '{self.name}' has no visual prompts: there is nothing to score, to prune or to compare."
+                f"Adapter '{self.name}' has no visual prompts: there is nothing to score, to prune, to compare or "
+                "to convert."
             )
 
     def require_values(self) -> None:

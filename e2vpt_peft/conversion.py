@@ -58,13 +58,12 @@ def convert_to_kv_prompts(model: nn.Module, adapter_name: str | None = None) -> 
         prompts = [layer.as_kv_prompts(adapter.name) for layer in adapter.layers]
     adapter.set_config(config)
     for layer, each in zip(adapter.layers, prompts):
-        layer.keep_kv_prompts_only(adapter.name, config, each)
+        layer.keep_kv_prompts_only(adapter.name, each)
 
 
 def _check_convertible(adapter: PromptedAdapter) -> None:
     config, who = adapter.config, f"Adapter '{adapter.name}'"
-    if not config.num_visual_prompts:
-        raise ValueError(f"{who} has no visual prompts: there is nothing to convert.")
+    adapter.require_visual_prompts()
     if adapter.is_shallow:
         raise ValueError(
             f"{who} has visual_prompt_depth='shallow': such prompts are changed by each layer, differently for each "

@@ -264,7 +264,7 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
             if joint is not None and kv is not None:
                 kv = kv[0].to(joint[0].dtype), kv[1].to(joint[1].dtype)
             beside = None
-            if name in with_kv and configs[name].num_kv_prompts_beside:
+            if kv is not None and configs[name].num_kv_prompts_beside:
                 kv, beside = None, kv
             parts = [part for part in (joint, kv) if part is not None]
             computed.append(Rows(join(parts or [(nothing, nothing)]), beside))
@@ -427,19 +427,17 @@ class E2VPTLayer(nn.Module, BaseTunerLayer):
         # An attention has no weight of its own: prompts go where its key projection is.
         return super()._get_base_layer_device_and_dtype(getattr(base_layer, self.site.key_projection))
 
-    def keep_kv_prompts_only(self, adapter_name: str, config: E2VPTConfig, kv_prompts: torch.Tensor) -> None:
-        """Put key-value prompts in the place of all prompts of an adapter.
+    def keep_kv_prompts_only(self, adapter_name: str, kv_prompts: torch.Tensor) -> None:
+        """Put key-value prompts, which the adapter's configuration has by now, in the place of all its prompts.
 
         Args:
             adapter_name (`str`): The adapter.
-            config ([`E2VPTConfig`]): Its configuration from now on.
             kv_prompts (`torch.Tensor`): See [`prompt_shapes`].
         """
         former = self.e2vpt_visual_prompts.pop(adapter_name)
         for things in (self.e2vpt_kv_prompts, self.kept_components, self.e2vpt_segment_mask, self.initial_prompts):
             if adapter_name in things:
                 del things[adapter_name]
-        self.adapter_configs[adapter_name] = config
         values = kv_prompts.to(former.device, former.dtype)
         self.e2vpt_kv_prompts[adapter_name] = nn.Parameter(values.contiguous(), requires_grad=former.requires_grad)
         self.kept_prefixes.forget()

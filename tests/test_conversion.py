@@ -201,7 +201,10 @@ def test_nothing_of_visual_prompts_is_left() -> None:
 @pytest.mark.parametrize(
     ("make_model", "words"),
     [
-        (lambda: adapted(num_visual_prompts=0), "has no visual prompts: there is nothing to convert"),
+        (
+            lambda: adapted(num_visual_prompts=0),
+            "has no visual prompts: there is nothing to score, to prune, to compare or to convert",
+        ),
         (lambda: adapted(visual_prompt_depth="shallow"), "visual_prompt_depth='shallow': such prompts are changed"),
         (lambda: adapted(**BESIDE), "kv_prompt_activation='gelu', which its visual prompts"),
         (lambda: adapted(num_kv_prompts=MAX_PROMPTS, layers_to_transform=[0]), "num_kv_prompts=10004 must be 10000"),

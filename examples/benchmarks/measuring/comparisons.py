@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -37,6 +37,16 @@ def ours(prompts: Prompts) -> str:
     return f"E²VPT {prompts}"
 
 
+def against(
+    setup: Setup, measure: str, times: Mapping[str, list[float]], baseline: str, batch_size: int, mode: str = "eager"
+) -> Iterator[Row]:
+    """A row for the ratio of each to a baseline."""
+    for name, values in times.items():
+        if name != baseline:
+            found = ratios(values, times[baseline])
+            yield Row.of(measure, setup.size.name, batch_size, name, baseline, found, mode)
+
+
 def pair(backbone: ViTForImageClassification, prompts: Prompts, images: torch.Tensor) -> dict[str, nn.Module]:
     """E²VPT by this package and as published, with the same prompts, checked to be the same function."""
     e2vpt, inserted = build_e2vpt(backbone, prompts), build_token_insertion(backbone, prompts)
@@ -64,10 +74,7 @@ def compare_inference(
         LORA: build_lora(backbone),
     }
     times = timer({name: inference(model, images) for name, model in models.items()})
-    for name in models:
-        if name != BACKBONE:
-            found = ratios(times[name], times[BACKBONE])
-            yield Row.of(INFERENCE, setup.size.name, batch_size, name, BACKBONE, found)
+    yield from against(setup, INFERENCE, times, BACKBONE, batch_size)
 
 
 def compare_compiled(
@@ -85,10 +92,7 @@ def compare_compiled(
     }
     toy = setup.size.name == "toy"
     times = timer({name: inference(model, images, compiled(model, toy)) for name, model in models.items()})
-    for name in models:
-        if name != BACKBONE:
-            found = ratios(times[name], times[BACKBONE])
-            yield Row.of(INFERENCE, setup.size.name, batch_size, name, BACKBONE, found, COMPILED)
+    yield from against(setup, INFERENCE, times, BACKBONE, batch_size, COMPILED)
 
 
 def compare_training(

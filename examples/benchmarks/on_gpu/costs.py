@@ -12,7 +12,7 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 from transformers.utils import is_timm_available
 
 from ..measuring.calls import TrainingStep, inference
-from ..measuring.comparisons import BACKBONE, INFERENCE, LORA, PROBE, STEP, compare_mixed_batch, ours
+from ..measuring.comparisons import BACKBONE, INFERENCE, LORA, PROBE, STEP, against, compare_mixed_batch, ours
 from ..measuring.methods import (
     HEAD,
     add_adapters,
@@ -26,7 +26,7 @@ from ..measuring.rows import Row
 from ..measuring.setup import NUM_LABELS
 from .cases import Machine, NotHere
 from .modes import EAGER
-from .speeds import IMAGES, against, rates
+from .speeds import IMAGES, rates
 
 
 def measure_mixed_batch(machine: Machine, adapters: int) -> list[Row]:
@@ -45,7 +45,9 @@ def measure_optimisers(machine: Machine, batch_size: int) -> list[Row]:
         name: TrainingStep(build_e2vpt(machine.backbone, machine.prompts), images, labels, **options)
         for name, options in kinds.items()
     }
-    return list(against(machine, "training step time by optimiser", machine.time(steps), "AdamW", batch_size, EAGER))
+    return list(
+        against(machine.setup, "training step time by optimiser", machine.time(steps), "AdamW", batch_size, EAGER)
+    )
 
 
 def measure_looks_at_the_loss(machine: Machine, batch_size: int) -> list[Row]:
@@ -56,7 +58,7 @@ def measure_looks_at_the_loss(machine: Machine, batch_size: int) -> list[Row]:
         for name, looks in {"no look": False, "each loss looked at": True}.items()
     }
     times = machine.time(dict(steps), least_seconds=0.5)  # many steps in a row, so that a queue can build up
-    return list(against(machine, "training step time by looks at the loss", times, "no look", batch_size, EAGER))
+    return list(against(machine.setup, "training step time by looks at the loss", times, "no look", batch_size, EAGER))
 
 
 METHODS: dict[str, Callable[[], peft.PeftConfig]] = {
@@ -87,8 +89,8 @@ def measure_method(machine: Machine, name: str) -> list[Row]:
     models[PROBE] = build_linear_probe(machine.backbone)
     steps = machine.time({model: TrainingStep(module, images, labels) for model, module in models.items()})
     return [
-        *against(machine, INFERENCE, times, BACKBONE, batch_size, EAGER),
-        *against(machine, STEP, steps, PROBE, batch_size, EAGER),
+        *against(machine.setup, INFERENCE, times, BACKBONE, batch_size, EAGER),
+        *against(machine.setup, STEP, steps, PROBE, batch_size, EAGER),
     ]
 
 
@@ -123,6 +125,6 @@ def measure_timm(machine: Machine) -> list[Row]:
         models[name] = add_adapters(build(), adapter, ("one",))
     times = machine.time({name: inference(model, images) for name, model in models.items()})
     return [
-        *against(machine, "inference time of timm's ViT", times, "timm", batch_size, EAGER),
+        *against(machine.setup, "inference time of timm's ViT", times, "timm", batch_size, EAGER),
         *rates(machine, IMAGES, times, batch_size, EAGER),
     ]

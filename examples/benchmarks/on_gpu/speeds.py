@@ -10,12 +10,23 @@ from torch import nn
 from e2vpt_peft import keep_prefixes
 
 from ..measuring.calls import TrainingStep, compiled
-from ..measuring.comparisons import BACKBONE, INFERENCE, LORA, NOTHING_KEPT, PROBE, STEP, converted, ours, pair
+from ..measuring.comparisons import (
+    BACKBONE,
+    INFERENCE,
+    LORA,
+    NOTHING_KEPT,
+    PROBE,
+    STEP,
+    against,
+    converted,
+    ours,
+    pair,
+)
 from ..measuring.memory import peak_memory
 from ..measuring.methods import build_e2vpt, build_linear_probe, build_lora
 from ..measuring.rows import Row
 from ..measuring.setup import ALL_BESIDE
-from ..measuring.timing import ratios, spread
+from ..measuring.timing import spread
 from .cases import Machine
 from .modes import COMPILED, EAGER, GRAPH, in_mode
 
@@ -39,7 +50,7 @@ def measure_inference(machine: Machine, mode: str, batch_size: int) -> list[Row]
     calls = {name: in_mode(machine, mode, model, images) for name, model in models.items()}
     times = machine.time(calls)
     return [
-        *against(machine, INFERENCE, times, BACKBONE, batch_size, mode),
+        *against(machine.setup, INFERENCE, times, BACKBONE, batch_size, mode),
         *rates(machine, IMAGES, times, batch_size, mode),
     ]
 
@@ -71,8 +82,10 @@ def measure_training(machine: Machine, mode: str, batch_size: int) -> list[Row]:
     }
     times = machine.time(dict(steps))
     rows = [
-        *against(machine, STEP, times, PROBE, batch_size, mode),
-        *against(machine, STEP, {name: times[name] for name in (ours(machine.prompts), LORA)}, LORA, batch_size, mode),
+        *against(machine.setup, STEP, times, PROBE, batch_size, mode),
+        *against(
+            machine.setup, STEP, {name: times[name] for name in (ours(machine.prompts), LORA)}, LORA, batch_size, mode
+        ),
         *rates(machine, TRAINED_IMAGES, times, batch_size, mode),
     ]
     if mode == EAGER:
@@ -80,16 +93,6 @@ def measure_training(machine: Machine, mode: str, batch_size: int) -> list[Row]:
             peak = peak_memory(step, models[name], machine.device) / 1e9
             rows.append(Row.of(MEMORY, machine.setup.size.name, batch_size, name, "", spread([peak])))
     return rows
-
-
-def against(
-    machine: Machine, measure: str, times: Mapping[str, list[float]], baseline: str, batch_size: int, mode: str
-) -> Iterator[Row]:
-    """A row for the ratio of each to a baseline."""
-    for name, values in times.items():
-        if name != baseline:
-            found = ratios(values, times[baseline])
-            yield Row.of(measure, machine.setup.size.name, batch_size, name, baseline, found, mode)
 
 
 def rates(
