@@ -16,6 +16,9 @@ from torch import nn
 Step = Callable[[torch.Tensor, torch.Tensor], None]
 """Takes images as the model reads them, and labels."""
 
+StepMaker = Callable[[nn.Module, torch.optim.Optimizer, str, int], Step]
+"""Takes a model, the optimizer of what is trained, one of [`PRECISIONS`], and the number of images a step."""
+
 PRECISIONS = ("float32", "bfloat16", "tf32")
 """tf32: float32, with products of the precision of TF32 where the device has it."""
 

@@ -15,7 +15,7 @@ from examples.data_and_backbone import HEAD
 
 from .checkpoints import Progress
 from .images import Images
-from .steps import autocast, make_step, on_its_stream
+from .steps import StepMaker, autocast, make_step, on_its_stream
 
 EVALUATION_BATCH = 256
 
@@ -80,6 +80,7 @@ def train(
     preprocessing: Preprocessing,
     how: Optimisation,
     progress: Progress | None = None,
+    step_of: StepMaker | None = None,
 ) -> None:
     """Train what is trainable. The same arguments give the same weights, as far as the device's kernels repeat.
 
@@ -89,6 +90,7 @@ def train(
         preprocessing ([`Preprocessing`]): From these to the model's input.
         how ([`Optimisation`]): The settings.
         progress ([`Progress`], *optional*): Lets it go on where it was killed, and be judged on its way.
+        step_of (`Callable`, *optional*): Makes the step, in place of [`steps.make_step`].
     """
     progress = progress or Progress()
     device = images.labels.device
@@ -98,7 +100,7 @@ def train(
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
     begun = progress.resume(model, optimizer, schedule)
     with on_its_stream(device):
-        step = make_step(model, optimizer, how.precision, how.batch_size)
+        step = (step_of or make_step)(model, optimizer, how.precision, how.batch_size)
         for epoch in range(begun, how.epochs):
             model.train()
             for chosen in torch.randperm(len(images)).to(device).split(how.batch_size):
