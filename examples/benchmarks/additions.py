@@ -29,6 +29,9 @@ from .accuracy.tasks import SUITES, select, suite
 from .accuracy.training import accuracy, train
 from .accuracy.trials import Trainings, Trial
 
+SCORED = 200
+"""Images by which prompts are scored, where some are pruned."""
+
 NAMES = [addition.method.name for addition in ADDITIONS]
 
 
@@ -66,11 +69,17 @@ def measure(addition: Addition, trial: Trial, trainings: Trainings) -> Record:
         return addition.step(model, optimizer, precision)
 
     began = time.perf_counter()
-    how, preprocessing = trainings.optimisation(trial), trainings.preprocessing
+    how, preprocessing, images = trainings.optimisation(trial), trainings.preprocessing, trainings.splits
     model = trainings.build(addition.method, trial.seed)
-    train(model, trainings.splits.train, preprocessing, how, step_of=step_of)
+    train(model, images.train, preprocessing, how, step_of=step_of)
+    if addition.rates:
+        assert addition.method.pruning is not None
+        scored_on = images.train[:SCORED]
+        trainings.prune(model, addition.method.pruning, addition.rates, scored_on, trainings.settings(trial))
+        train(model, images.train, preprocessing, how, step_of=step_of)
     return {
-        "accuracy": accuracy(model, trainings.splits.validation, preprocessing, how.precision),
+        "accuracy": accuracy(model, images.validation, preprocessing, how.precision),
+        "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "seconds": round(time.perf_counter() - began, 3),
         "hardware": torch.cuda.get_device_name(trainings.device) if trainings.device.type == "cuda" else "CPU",
         "torch": torch.__version__,
@@ -108,7 +117,8 @@ def main(argv: list[str] | None = None) -> list[Record]:
     for task in tasks:
         trainings = Trainings(task, plan)
         for addition in chosen:
-            trial = Trial(addition.method, "validation", args.learning_rate, 1e-4, args.seed, None, args.epochs)
+            how = (args.learning_rate, 1e-4, args.seed, addition.rates, args.epochs)
+            trial = Trial(addition.method, "validation", *how)
             record = store.once(trainings.settings(trial), partial(measure, addition, trial, trainings))
             print(f"{task.name}, {addition.method.name}: {record['accuracy']:.1%}", flush=True)
             records.append(record)

@@ -190,10 +190,12 @@ def test_the_command_trains_each_once_and_prints_a_table(
     assert [record["settings"]["method"] for record in records] == names
     rows = capsys.readouterr().out.splitlines()[-len(names) :]
     assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in names]
-    assert rows[2] == f"| 0 + 16 | {100 * records[2]['accuracy']:.1f} |"
+    by_name = dict(zip(names, records))
+    assert rows[names.index("0 + 16")] == f"| 0 + 16 | {100 * by_name['0 + 16']['accuracy']:.1f} |"
+    assert by_name["48 + 8, pruned to 16 + 8"]["trainable"] == by_name["16 + 8"]["trainable"]
 
     lines = out.read_text()
-    assert command.main([*options, "--additions", "0 + 16", "moved"]) == [records[2], records[-1]]
+    assert command.main([*options, "--additions", "0 + 16", "moved"]) == [by_name["0 + 16"], by_name["moved"]]
     assert out.read_text() == lines, "what is there is not trained again"
     assert command.main([*options, "--additions", "0 + 16", "--learning_rate", "3e-3"])[0] not in records
 

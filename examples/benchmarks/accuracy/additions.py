@@ -20,7 +20,8 @@ from e2vpt_peft import E2VPTLayer
 from e2vpt_peft.attention.prefix import KeysAndValues
 from e2vpt_peft.initialization import KEY_STD
 
-from .methods import ALL_BESIDE, Method, add_prompts, e2vpt
+from .methods import ALL_BESIDE, Method, Pruning, add_prompts, e2vpt
+from .recipes import Rates
 from .steps import EagerStep, autocast
 from .tasks import Task
 
@@ -36,10 +37,11 @@ MOVE_EVERY, MOVES, MOVED = 25, 12, 4
 
 @dataclass(frozen=True)
 class Addition:
-    """One of them: what is trained, and by which step."""
+    """One of them: what is trained, by which step, and what is pruned then, before all is trained again."""
 
     method: Method
     step: Callable[[PeftModel, torch.optim.Optimizer, str], EagerStep] = EagerStep
+    rates: Rates | None = None
 
 
 def prompted(model: nn.Module) -> list[E2VPTLayer]:
@@ -234,16 +236,17 @@ class Moved(EagerStep):
         self.active[layer, prompt] = active
 
 
-def beside(name: str, visual: int = 0, number: int = 16) -> Method:
+def beside(name: str, visual: int = 0, number: int = 16, pruning: Pruning | None = None) -> Method:
     """Prompts beside the attention, and visual prompts."""
     counts = {"num_visual_prompts": visual, "num_kv_prompts": number}
-    return e2vpt(name, learning_rate=1e-2, kv_lr_ratio=1, **{**ALL_BESIDE, **counts})
+    return e2vpt(name, pruning, learning_rate=1e-2, kv_lr_ratio=1, **{**ALL_BESIDE, **counts})
 
 
 SCALED = Method("scales", 1e-2, partial(add_prompts_and_scales, **ALL_BESIDE), kv_lr_ratio=1)
 
 ADDITIONS = (
     Addition(beside("16 + 8", 16, 8)),
+    Addition(beside("48 + 8, pruned to 16 + 8", 48, 8, Pruning(segments=False)), rates=(2 / 3, 0.0)),
     Addition(beside("8 + 12", 8, 12)),
     Addition(beside("0 + 16")),
     Addition(beside("0 + 32", number=32)),
