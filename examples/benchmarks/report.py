@@ -18,7 +18,7 @@ from pathlib import Path
 from .accuracy.ablations import ABLATIONS, TUNED
 from .accuracy.methods import Method
 from .accuracy.plots import plot_parameters, plot_variants
-from .accuracy.records import Record, by_plan, read_all, select
+from .accuracy.records import PLAN, Record, by_plan, read_all, select, together
 from .accuracy.tables import MEANS, at_the_edge, differences, final, markdown, shares, summarise, task_groups
 
 
@@ -33,6 +33,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="SETTING=VALUES",
         help="only results with these settings, for example task=gtsrb,aid epochs=20 image_size=84",
     )
+    parser.add_argument(
+        "--together",
+        nargs="+",
+        default=[],
+        metavar="SETTING",
+        help=f"what does compare, though it differs in this of {', '.join(PLAN)}; of two trainings the first counts",
+    )
     parser.add_argument("--against", help="what the others are compared with (default: E²VPT, if it is there)")
     parser.add_argument("--mean", choices=MEANS, default=MEANS[0], help=f"of the plot (default: {MEANS[0]})")
     parser.add_argument("--plot", type=Path, help="save a picture of the accuracies there")
@@ -44,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> str:
     options = parse(sys.argv[1:] if argv is None else argv)
     wanted = {name: values.split(",") for name, _, values in (part.partition("=") for part in options.where)}
     methods = ABLATIONS[options.compare]
-    plans = [plan for plan in by_plan(select(read_all(options.files), wanted)) if final(shown(plan, methods))]
+    chosen = together(select(read_all(options.files), wanted), options.together)
+    plans = [plan for plan in by_plan(chosen) if final(shown(plan, methods))]
     if not plans:
         raise ValueError(
             f"There is no finished training of --compare {options.compare} in {', '.join(map(str, options.files))}."

@@ -666,6 +666,27 @@ def test_a_report_counts_what_it_shows_once(files: list[str]) -> None:
     assert "| separate K and V | 20 | 30 | 600 | 70.0 ± 0.0 |" in text and "not finished" not in text
 
 
+def test_what_differs_in_one_setting_is_shown_together(tmp_path: Path) -> None:
+    lines = [
+        line("a", "natural", method, seed, accuracy, precision=precision)
+        for method, seed, accuracy, precision in (
+            ("LoRA", 0, 0.5, "tf32"),
+            ("LoRA", 1, 0.7, "bfloat16"),
+            ("E²VPT", 0, 0.6, "tf32"),
+            ("E²VPT", 0, 0.1, "bfloat16"),  # run again elsewhere
+            ("E²VPT", 1, 0.8, "bfloat16"),
+        )
+    ]
+    file = tmp_path / "both.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in lines), encoding="utf-8")
+    assert report.main([str(file)]).count("Test accuracy") == 2
+    text = report.main([str(file), "--together", "precision"])
+    assert text.count("Test accuracy") == 1 and "bfloat16, tf32" in text and "4 trainings" in text
+    assert "| LoRA | -10.0 ± 0.0 | 0 | 1 | 0 |" in text, "of two trainings the first counts"
+    with pytest.raises(ValueError, match=r"together has \['seed'\], but must be among model, recipe"):
+        report.main([str(file), "--together", "seed"])
+
+
 def test_where_chooses_results(files: list[str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="choose those of one backbone and so on with --where"):
         report.main([*files, f"--plot={tmp_path / 'plot.png'}"])

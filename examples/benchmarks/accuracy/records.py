@@ -60,6 +60,22 @@ def select(records: Sequence[Record], wanted: dict[str, list[str]]) -> list[Reco
     return list(records)
 
 
+def together(records: Sequence[Record], names: Sequence[str]) -> list[Record]:
+    """The records, not told apart by some of their settings, which have all values that occur. The first counts.
+
+    Raises:
+        ValueError: No plan has such a setting.
+    """
+    if unknown := sorted(set(names) - set(PLAN)):
+        raise ValueError(f"together has {unknown}, but must be among {', '.join(PLAN)}.")
+    values = {name: ", ".join(sorted({str(record["settings"][name]) for record in records})) for name in names}
+    found: dict[str, Record] = {}
+    for record in records:
+        settings = {**record["settings"], **values}
+        found.setdefault(key(settings), {**record, "settings": settings})
+    return list(found.values())
+
+
 def key(settings: dict[str, Any]) -> str:
     """By which two trainings are the same."""
     return json.dumps(settings, sort_keys=True)
