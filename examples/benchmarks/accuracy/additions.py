@@ -236,10 +236,12 @@ class Moved(EagerStep):
         self.active[layer, prompt] = active
 
 
-def beside(name: str, visual: int = 0, number: int = 16, pruning: Pruning | None = None) -> Method:
+def beside(
+    name: str, visual: int = 0, number: int = 16, pruning: Pruning | None = None, dropout: float = 0.0
+) -> Method:
     """Prompts beside the attention, and visual prompts."""
-    counts = {"num_visual_prompts": visual, "num_kv_prompts": number}
-    return e2vpt(name, pruning, learning_rate=1e-2, kv_lr_ratio=1, **{**ALL_BESIDE, **counts})
+    options = {**ALL_BESIDE, "num_visual_prompts": visual, "num_kv_prompts": number, "kv_prompt_dropout": dropout}
+    return e2vpt(name, pruning, learning_rate=1e-2, kv_lr_ratio=1, **options)
 
 
 SCALED = Method("scales", 1e-2, partial(add_prompts_and_scales, **ALL_BESIDE), kv_lr_ratio=1)
@@ -253,6 +255,7 @@ ADDITIONS = (
     Addition(SCALED),
     Addition(beside("from images"), FromImages),
     Addition(beside("whitened"), Whitened),
+    Addition(beside("dropout 0.1", dropout=0.1)),
     Addition(beside("noise"), Noisy),
     Addition(beside("consistency"), Consistent),
     Addition(beside("moved", number=32), Moved),
