@@ -15,6 +15,7 @@ from .attention.prefix import WayIn
 from .attention.tokens import stack_name
 from .route import BASE_MODEL, Route
 from .running_pass import Passes
+from .utils.stand_in import StandIn
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -157,7 +158,7 @@ class BlockStack(NamedTuple):
 
 def route_modules_to_save(model: nn.Module, passes: Passes) -> None:
     """Make the `modules_to_save` of a model follow the route of the running forward pass."""
-    layers = [name for name, module in model.named_modules() if hasattr(module, "ways_in")]
+    layers = [name for name, module in model.named_modules() if isinstance(module, StandIn)]
     blocks = {BlockStack.around(model, name).block_name for name in layers}
     for name, module in model.named_modules():
         if type(module) is ModulesToSaveWrapper:

@@ -6,13 +6,10 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from e2vpt_peft import E2VPTConfig, E2VPTLayer
+from e2vpt_peft import E2VPTConfig
 
+from .support.adapted import first_layer
 from .support.models import BESIDE, images, prompt_parameters, tiny_vit
-
-
-def first_layer(model):
-    return next(module for module in model.modules() if isinstance(module, E2VPTLayer))
 
 
 @pytest.mark.parametrize("share", [True, False])

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import types
 
 import pytest
 import torch
 from peft import get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit.modeling_vit import ViTAttention, eager_attention_forward
@@ -15,22 +13,10 @@ from transformers.models.vit.modeling_vit import ViTAttention, eager_attention_f
 from e2vpt_peft import E2VPTConfig, E2VPTLayer
 from e2vpt_peft.attention import prefix
 
-from .support.adapted import adapt
+from .support.adapted import adapt, first_layer
 from .support.models import BESIDE, TINY_MODELS, images, tiny_vit
 from .support.prompted import with_prompts
 from .support.reference import random_prompts
-
-
-def first_layer(model):
-    return next(module for module in model.modules() if isinstance(module, E2VPTLayer))
-
-
-def test_prompts_have_the_documented_shapes():
-    layer = first_layer(get_peft_model(tiny_vit(), E2VPTConfig(num_visual_prompts=7, num_kv_prompts=6)))
-    assert layer.e2vpt_visual_prompts["default"].shape == (7, 32)
-    assert layer.e2vpt_kv_prompts["default"].shape == (4, 6, 8)
-    separate = first_layer(get_peft_model(tiny_vit(), E2VPTConfig(num_kv_prompts=6, share_kv_prompts=False)))
-    assert separate.e2vpt_kv_prompts["default"].shape == (2, 4, 6, 8)
 
 
 @pytest.mark.parametrize("depth", ["deep", "shallow"])
@@ -142,23 +128,6 @@ def test_the_norm_is_looked_up_at_every_call_so_that_it_may_be_wrapped_later():
     assert calls == [(3, 17, 32), (1, 4, 32)]
 
 
-def test_prompts_in_shards_are_not_compared_with_what_they_started_from():
-    layer = first_layer(get_peft_model(tiny_vit(), E2VPTConfig()))
-    for prompts in (layer.e2vpt_visual_prompts["default"], layer.e2vpt_kv_prompts["default"]):
-        prompts.ds_id, prompts.data = 7, torch.empty(0)  # as ZeRO 3 leaves them between two passes
-    layer.forget_initial_prompts_if_untrained("default")
-    assert layer.initial_prompts == {}
-
-
-def test_the_wrapper_answers_for_its_attention():
-    layer = first_layer(get_peft_model(tiny_vit(), E2VPTConfig()))
-    assert isinstance(layer, BaseTunerLayer)
-    assert layer.num_attention_heads == 4
-    assert layer.q_proj is layer.base_layer.q_proj
-    with pytest.raises(AttributeError):
-        _ = layer.no_such_thing
-
-
 def test_data_parallel_is_refused_in_words():
     layer = first_layer(get_peft_model(tiny_vit(), E2VPTConfig()))
     with pytest.raises(RuntimeError, match="accelerate launch"):
@@ -267,42 +236,7 @@ def test_an_attention_that_attends_twice_has_the_prefix_both_times():
     torch.testing.assert_close(model(images()).logits, expected(images()).logits)
 
 
-# What is set on the wrapper
-
-
-def test_what_is_set_on_the_adapted_module_reaches_the_attention():
-    model = adapt(tiny_vit())
-    attention = model.base_model.model.vit.layers[0].attention
-    expected = model(images()).logits
-    attention.scaling = 0.01
-    assert attention.base_layer.scaling == attention.scaling == 0.01
-    assert not torch.allclose(model(images()).logits, expected)
-
-    attention.k_proj, former = nn.Linear(32, 32), attention.k_proj
-    assert attention.base_layer.k_proj is attention.k_proj is not former
-    attention.register_buffer("seen", torch.zeros(1))
-    attention.note = "mine"
-    assert {"seen"} == set(attention.base_layer._buffers) and attention.base_layer.note == "mine"
-    del attention.note, attention.seen
-    assert not hasattr(attention.base_layer, "note") and not hasattr(attention, "seen")
-
-
-def test_what_is_the_wrappers_own_stays_there():
-    attention = first_layer(adapt(tiny_vit()))
-    attention.train()
-    attention.merged_adapters = ["x"]
-    attention._noted_by_a_framework = 1
-    assert not {"merged_adapters", "_noted_by_a_framework"} & set(vars(attention.base_layer))
-    attention.__class__ = type("Sharded", (type(attention),), {})
-    assert isinstance(attention, E2VPTLayer) and type(attention.base_layer).__name__ == "ViTAttention"
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_writes_through_to_its_own_attention(copied):
-    first = adapt(tiny_vit())
-    second = copied(first)
-    first_layer(second).scaling = 0.01
-    assert first_layer(first).scaling != 0.01 == first_layer(second).base_layer.scaling
+# Other attention implementations
 
 
 def test_one_attention_can_have_another_implementation():
@@ -317,16 +251,3 @@ def test_one_attention_can_have_another_implementation():
         "sdpa",
     ]
     assert model.unload().vit.layers[0].attention.config._attn_implementation == "eager"
-
-
-def test_attributes_are_the_wrappers_own_or_those_of_the_attention() -> None:
-    layer = next(module for module in adapt(tiny_vit()).modules() if isinstance(module, E2VPTLayer))
-    assert layer.q_proj is layer.base_layer.q_proj
-    assert layer.e2vpt_visual_prompts is layer._modules["e2vpt_visual_prompts"]
-    assert not hasattr(layer.base_layer, "e2vpt_visual_prompts")
-    layer._parameters["gate"] = nn.Parameter(torch.ones(1))
-    layer._buffers["count"] = torch.zeros(1)
-    assert layer.gate is layer._parameters["gate"] and layer.count is layer._buffers["count"]
-    for name in ("missing", "_private"):
-        with pytest.raises(AttributeError, match=name):
-            getattr(layer, name)

@@ -52,6 +52,10 @@ def adapted_layers(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, E2VPTLayer)}
 
 
+def first_layer(model):
+    return next(iter(adapted_layers(model).values()))
+
+
 def assert_refused(model, config, words):
     """With a ValueError that has these words, and nothing is changed."""
     before = {name: type(module) for name, module in model.named_modules()}
