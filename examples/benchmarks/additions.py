@@ -11,7 +11,6 @@ killed. The table at the end has the percentage of images that are classified co
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,12 +24,9 @@ from .accuracy.engines import set_up
 from .accuracy.recipes import Plan
 from .accuracy.records import Record, Store
 from .accuracy.steps import PRECISIONS, Step
+from .accuracy.tables import as_table
 from .accuracy.tasks import SUITES, select, suite
-from .accuracy.training import accuracy, train
 from .accuracy.trials import Trainings, Trial
-
-SCORED = 200
-"""Images by which prompts are scored, where some are pruned."""
 
 NAMES = [addition.method.name for addition in ADDITIONS]
 
@@ -68,31 +64,16 @@ def measure(addition: Addition, trial: Trial, trainings: Trainings) -> Record:
     def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, precision: str, batch_size: int) -> Step:
         return addition.step(model, optimizer, precision)
 
-    began = time.perf_counter()
-    how, preprocessing, images = trainings.optimisation(trial), trainings.preprocessing, trainings.splits
-    model = trainings.build(addition.method, trial.seed)
-    train(model, images.train, preprocessing, how, step_of=step_of)
-    if addition.rates:
-        assert addition.method.pruning is not None
-        scored_on = images.train[:SCORED]
-        trainings.prune(model, addition.method.pruning, addition.rates, scored_on, trainings.settings(trial))
-        train(model, images.train, preprocessing, how, step_of=step_of)
-    return {
-        "accuracy": accuracy(model, images.validation, preprocessing, how.precision),
-        "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        "seconds": round(time.perf_counter() - began, 3),
-        "hardware": torch.cuda.get_device_name(trainings.device) if trainings.device.type == "cuda" else "CPU",
-        "torch": torch.__version__,
-    }
+    return trainings.measure(trial.method, trial.part, trainings.optimisation(trial), trial.rates, step_of=step_of)
 
 
 def table(records: list[Record], tasks: list[str]) -> str:
     """Percent, a row for each addition."""
     found = {(record["settings"]["method"], record["settings"]["task"]): record["accuracy"] for record in records}
-    rows = [["", *tasks], ["---"] * (len(tasks) + 1)]
+    rows = [["", *tasks]]
     for name in dict.fromkeys(name for name, _ in found):
         rows.append([name, *(f"{100 * found[name, task]:.1f}" for task in tasks)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return as_table(rows)
 
 
 def main(argv: list[str] | None = None) -> list[Record]:

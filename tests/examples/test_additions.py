@@ -11,9 +11,11 @@ import torch
 
 from e2vpt_peft.initialization import KEY_STD
 from examples.benchmarks import additions as command
-from examples.benchmarks.accuracy import additions
+from examples.benchmarks.accuracy import additions, trials
 from examples.benchmarks.accuracy.additions import prompted, prompts_of
 from examples.benchmarks.accuracy.backbones import build
+from examples.benchmarks.accuracy.methods import Pruning
+from examples.benchmarks.accuracy.recipes import Plan
 from examples.benchmarks.accuracy.steps import EagerStep
 from examples.benchmarks.accuracy.tasks import Task
 
@@ -198,6 +200,26 @@ def test_the_command_trains_each_once_and_prints_a_table(
     assert command.main([*options, "--additions", "0 + 16", "moved"]) == [by_name["0 + 16"], by_name["moved"]]
     assert out.read_text() == lines, "what is there is not trained again"
     assert command.main([*options, "--additions", "0 + 16", "--learning_rate", "3e-3"])[0] not in records
+
+
+@pytest.mark.parametrize(("number", "expected"), [(7, 7), (None, 24)])
+def test_prompts_that_are_pruned_are_scored_on_so_many_images(
+    number: int | None, expected: int, tiny_backbone: str, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[int] = []
+
+    def score_prompts(model: Any, batches: list[Any], *args: Any, **options: Any) -> Any:
+        scored.append(sum(len(batch["labels"]) for batch in batches))
+        return score(model, batches, *args, **options)
+
+    score = trials.score_prompts
+    monkeypatch.setattr(trials, "score_prompts", score_prompts)
+    plan = Plan(tiny_backbone, str(data.parent), "quick", 1, 8, (0,), "cpu")
+    trainings = trials.Trainings(Task(data.name, "natural", "dataset", data.name), plan)
+    method = additions.beside("a", 4, 2, Pruning(segments=False, images=number))
+    trial = trials.Trial(method, "validation", 1e-2, 0.0, 0, (0.5, 0.0), 1)
+    trainings.measure(method, trial.part, trainings.optimisation(trial), trial.rates)
+    assert scored == [expected]
 
 
 @pytest.mark.parametrize(("option", "value"), [("additions", "0 + 64"), ("precision", "float16")])

@@ -248,7 +248,7 @@ SCALED = Method("scales", 1e-2, partial(add_prompts_and_scales, **ALL_BESIDE), k
 
 ADDITIONS = (
     Addition(beside("16 + 8", 16, 8)),
-    Addition(beside("48 + 8, pruned to 16 + 8", 48, 8, Pruning(segments=False)), rates=(2 / 3, 0.0)),
+    Addition(beside("48 + 8, pruned to 16 + 8", 48, 8, Pruning(segments=False, images=200)), rates=(2 / 3, 0.0)),
     Addition(beside("8 + 12", 8, 12)),
     Addition(beside("0 + 16")),
     Addition(beside("0 + 32", number=32)),

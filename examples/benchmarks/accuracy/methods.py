@@ -24,12 +24,13 @@ Adapt = Callable[[PreTrainedModel, Task], nn.Module]
 
 @dataclass(frozen=True)
 class Pruning:
-    """What is pruned after tuning, and how training goes on."""
+    """What is pruned after tuning, by a score on the first so many images (or all), and how training goes on."""
 
     tokens: bool = True
     segments: bool = True
     rewind: bool = True
     importance: str = "removal"
+    images: int | None = None
 
 
 @dataclass(frozen=True)

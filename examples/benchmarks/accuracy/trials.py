@@ -21,7 +21,7 @@ from .methods import Method, Pruning
 from .recipes import Plan, Rates
 from .records import Record
 from .shares import IMAGES, shares_of_prefix
-from .steps import autocast
+from .steps import StepMaker, autocast
 from .tasks import Task
 from .training import (
     Identity,
@@ -153,6 +153,7 @@ class Trainings:
         how: Optimisation,
         rates: Rates | None,
         report: Callable[[Record], None] | None = None,
+        step_of: StepMaker | None = None,
     ) -> Record:
         """Train, prune and train again if there are rates, and evaluate.
 
@@ -160,6 +161,7 @@ class Trainings:
             method, part, how, rates: See [`Trial`].
             report (`Callable`, *optional*): Told the accuracy at each rung of the plan, as a record of a training that
                 was stopped there. May raise to stop it. Of a training that prunes, what comes after that counts.
+            step_of (`Callable`, *optional*): See [`training.train`].
         """
         clock = Clock()
         splits = self.cached_features if method.cached else self.splits
@@ -192,12 +194,12 @@ class Trainings:
         first = {**self.settings(trial), "method": method.searched_as, "rates": None}
         pruned = rates is not None and rates != (0.0, 0.0)
         progress = Progress(self.checkpoints, first, clock, self.shared, **({} if pruned else judged))
-        train(model, trained_on, preprocessing, how, progress)
+        train(model, trained_on, preprocessing, how, progress, step_of)
         if pruned:
             assert method.pruning is not None and rates is not None
             self.prune(model, method.pruning, rates, trained_on, first)
             progress = Progress(self.checkpoints, self.settings(trial), clock, **judged)
-            train(model, trained_on, preprocessing, how, progress)
+            train(model, trained_on, preprocessing, how, progress, step_of)
         fit = (
             {}
             if part == "validation"
@@ -226,9 +228,8 @@ class Trainings:
             scores = PromptScores(**kept)
         else:
             with autocast(self.device, self.plan.precision):
-                scores = score_prompts(
-                    model, list(batches(images, self.preprocessing)), pruning.importance, progress_bar=False
-                )
+                scored_on = list(batches(images[: pruning.images], self.preprocessing))
+                scores = score_prompts(model, scored_on, pruning.importance, progress_bar=False)
             if self.checkpoints:
                 self.checkpoints.write(settings, vars(scores))
         prune_prompts(model, scores, token_rate=rates[0], segment_rate=rates[1])
